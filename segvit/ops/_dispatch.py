@@ -1,0 +1,57 @@
+"""Which backend serves a call: one ordered list of (name, why not) per operator, decided in one place.
+
+The environment variable SEGVIT_KERNELS (auto, reference, triton or native; read at every call) forces a backend on the
+operators that have it; the keyword `backend=` forces one on a single call. What is forced and cannot run raises.
+"""
+
+import importlib
+import os
+from collections.abc import Sequence
+
+import torch
+
+KNOWN = ("auto", "reference", "triton", "native", "library", "tiled")
+
+
+def choose(op: str, backend: str | None, candidates: Sequence[tuple[str, str | None]]) -> str:
+    """Name of the backend that serves this call.
+
+    candidates: (name, reason) in order of preference; reason is None where the backend can run, else says why not.
+    Raises ValueError for an unknown name, RuntimeError for a forced backend that cannot run.
+    """
+    offered = dict(candidates)
+    name = backend or os.environ.get("SEGVIT_KERNELS") or "auto"
+    if name not in KNOWN:
+        origin = "backend" if backend else "SEGVIT_KERNELS"
+        raise ValueError(f"{op}: {origin}={name!r} is no backend; choose from auto, {', '.join(offered)}")
+    if name == "auto" or (backend is None and name not in offered):
+        return next(candidate for candidate, reason in candidates if reason is None)
+    if name not in offered:
+        raise RuntimeError(f"{op}: there is no {name!r} backend for this operator; it has {', '.join(offered)}")
+    if offered[name] is not None:
+        raise RuntimeError(f"{op}: the {name!r} backend cannot run: {offered[name]}")
+    return name
+
+
+def _load_native() -> str | None:
+    try:
+        importlib.import_module("segvit._C")
+    except ModuleNotFoundError:
+        return (
+            "segvit._C was not built (no C++ compiler when segvit was installed); "
+            "install one, for example g++, and run `pip install -e .` again"
+        )
+    except ImportError as error:
+        return f"segvit._C does not load: {error}"
+    return None
+
+
+NATIVE_MISSING = _load_native()  # why segvit._C, the C++ library, is not there; None where it is loaded
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks for on this device; None where autocast is off."""
+    kind = device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

@@ -1,0 +1,202 @@
+"""mask_loss: focal and dice loss at label resolution, a tile of rows at a time, forward and backward in closed form."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks
+from ._dispatch import choose
+from ._library import below_autograd, register
+from .reference import mask_loss as reference_loss
+from .reference._sampling import bilinear_matrix
+
+TILE_ELEMENTS = 1 << 18  # of stages × masks × pixels that a tile evaluates at once
+
+
+def mask_loss(
+    mask_logits: Tensor,  # [S, B, N, h, w]
+    labels: Tensor,  # [B, H, W]
+    present: Tensor,  # [B, N]
+    num_masks: Tensor,  # 0-d
+    ignore_index: int = 255,
+    ignored: str = "masked",
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    extent: tuple[float, float] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Focal and dice loss of every present class's mask, bilinearly upsampled to the labels' size, all stages in one call.
+
+    For present (b, n), x_p = bilinear(mask_logits[s, b, n], p) and t_p = (labels[b, p] == n):
+    focal = Σ mean_p α_t(1−p_t)^γ·BCE(x_p, t_p) / num_masks and dice = Σ 1 − (2Σσt + 1)/(Σσ + Σt + 1), / num_masks.
+    (SegViT, arXiv 2210.05844, section 3.3; focal arXiv 1708.02002, dice arXiv 1606.04797.)
+
+    Args:
+        mask_logits: [S, B, N, h, w], float; half precision is cast to float32. The only input with a gradient.
+        labels: [B, H, W], any integer dtype. A label that is neither a class nor ignore_index counts as ignored.
+        present: [B, N] bool, class n occurs in image b; other masks are not looked at and get a zero gradient.
+        num_masks: 0-d tensor on the same device, the divisor; at least 1 (with several processes: averaged over them).
+        ignored: "masked" leaves ignored pixels out of every sum and mean; "negative" counts them as t = 0, as the
+            official implementation does.
+        alpha, gamma: of the focal loss.
+        extent: (rows, columns), in cells, of the part of the mask grid that the labels cover; all of it by default.
+        backend: "tiled", "reference", or None for the best that can run.
+
+    Returns:
+        focal [S] and dice [S], float32 (float64 for float64 logits), unweighted. Nothing waits for the host on a GPU.
+
+    Raises:
+        ValueError: arguments that do not fit each other.
+        RuntimeError: a backend that was asked for and cannot run.
+    """
+    rows, columns = _check(mask_logits, labels, present, num_masks, ignored, extent)
+    mask_logits = mask_logits if mask_logits.dtype == torch.float64 else mask_logits.float()
+    name = choose("mask_loss", backend, [("tiled", None), ("reference", None)])
+    with torch.autocast(mask_logits.device.type, enabled=False):
+        if name == "reference":
+            options = (ignore_index, ignored, alpha, gamma, (rows, columns))
+            return reference_loss(mask_logits, labels, present, num_masks, *options)
+        options = (ignore_index, ignored == "masked", float(alpha), float(gamma), rows, columns)
+        return torch.ops.segvit.mask_loss(mask_logits, labels, present, num_masks, *options)[:2]
+
+
+def _check(mask_logits, labels, present, num_masks, ignored, extent) -> tuple[float, float]:
+    """Refuse what does not fit; return the extent."""
+    op = "mask_loss"
+    _checks.tensor(op, "mask_logits", mask_logits, "[S, B, N, h, w]")
+    _checks.tensor(op, "labels", labels, "[B, H, W]", _checks.INTEGERS)
+    _checks.tensor(op, "present", present, "[B, N]", (torch.bool,))
+    if not isinstance(num_masks, Tensor) or num_masks.dim() != 0:
+        raise ValueError(f"{op}: num_masks must be a 0-d tensor on the device of mask_logits, got {num_masks!r}")
+    S, B, N, h, w = mask_logits.shape
+    if 0 in mask_logits.shape or 0 in labels.shape:
+        raise ValueError(f"{op}: no dimension may be zero, got {tuple(mask_logits.shape)} and {tuple(labels.shape)}")
+    if labels.shape[0] != B:
+        raise ValueError(f"{op}: labels must be [B, H, W] with B = {B}, got {tuple(labels.shape)}")
+    if present.shape != (B, N):
+        raise ValueError(f"{op}: present must be [B, N] = {(B, N)}, got {tuple(present.shape)}")
+    _checks.same_device(op, mask_logits=mask_logits, labels=labels, present=present, num_masks=num_masks)
+    if ignored not in ("masked", "negative"):
+        raise ValueError(f'{op}: ignored must be "masked" or "negative", got {ignored!r}')
+    return _checks.extent(op, extent, (h, w))
+
+
+class _Tiles:
+    """The pairs (image, class) that count, and their masks and targets a tile of rows at a time."""
+
+    def __init__(self, mask_logits, labels, present, ignore_index, masked, rows, columns):
+        self.S, B, N, self.h, w = mask_logits.shape
+        self.labels, self.rows, self.ignore_index, self.masked = labels, rows, ignore_index, masked
+        if present.device.type == "cpu":
+            self.b, self.n = present.nonzero(as_tuple=True)
+        else:  # every pair, weighted by presence: picking the present ones would wait for the device
+            self.b = torch.arange(B, device=present.device).repeat_interleave(N)
+            self.n = torch.arange(N, device=present.device).repeat(B)
+        self.weight = present[self.b, self.n].to(mask_logits.dtype)  # [P]
+        self.N, self.H = N, labels.shape[1]
+        self.down = bilinear_matrix(self.h, labels.shape[1], rows, mask_logits)  # [H, h]
+        self.across = bilinear_matrix(w, labels.shape[2], columns, mask_logits)  # [W, w]
+        self.wide = mask_logits[:, self.b, self.n] @ self.across.mT  # [S, P, h, W]
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """(rows, x [S, P, R, W], t [P, R, W] bool, valid [P, R, W] bool)"""
+        step = max(1, TILE_ELEMENTS // max(self.S * len(self.b) * self.labels.shape[2], 1))
+        for top in range(0, self.H, step):
+            tile = slice(top, min(top + step, self.H))
+            labels = self.labels[:, tile].to(torch.int32)
+            valid = (labels >= 0) & (labels < self.N) & (labels != self.ignore_index)
+            t = (labels[self.b] == self.n[:, None, None]) & valid[self.b]
+            yield tile, self.down[tile] @ self.wide, t, valid[self.b] if self.masked else torch.ones_like(t)
+
+
+def _signed(x: Tensor, t: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sign = +1 (t=0) or −1 (t=1), α_t, s = σ(sign·x) = 1−p_t, softplus(sign·x) = BCE."""
+    sign = 1 - 2 * t.to(x.dtype)
+    u = x * sign
+    return sign, torch.where(t, alpha, 1 - alpha).to(x.dtype), u.sigmoid(), F.softplus(u)
+
+
+def _forward(mask_logits, labels, present, num_masks, ignore_index, masked, alpha, gamma, rows, columns):
+    tiles = _Tiles(mask_logits, labels, present, ignore_index, masked, rows, columns)
+    focal, sigma, overlap, target, pixels = mask_logits.new_zeros((5, tiles.S, len(tiles.b)))
+    for _, x, t, valid in tiles:
+        sign, alpha_t, s, softplus = _signed(x, t, alpha)
+        focal += (alpha_t * s**gamma * softplus * valid).sum((-2, -1))
+        probability = torch.where(t, 1 - s, s) * valid
+        sigma += probability.sum((-2, -1))
+        overlap += (probability * t).sum((-2, -1))
+        target += t.sum((-2, -1))
+        pixels += valid.sum((-2, -1))
+    pixels.clamp_(min=1)
+    dice = 1 - (2 * overlap + 1) / (sigma + target + 1)
+    sums = mask_logits.new_zeros((3, *mask_logits.shape[:3]))  # Σσt, Σσ + Σt, pixels of the mean: what backward needs
+    sums[:, :, tiles.b, tiles.n] = torch.stack([overlap, sigma + target, pixels])
+    return (focal / pixels * tiles.weight).sum(1) / num_masks, (dice * tiles.weight).sum(1) / num_masks, sums
+
+
+def _backward(
+    grad_focal,
+    grad_dice,
+    mask_logits,
+    labels,
+    present,
+    num_masks,
+    sums,
+    ignore_index,
+    masked,
+    alpha,
+    gamma,
+    rows,
+    columns,
+):
+    tiles = _Tiles(mask_logits, labels, present, ignore_index, masked, rows, columns)
+    overlap, total, pixels = sums[:, :, tiles.b, tiles.n][..., None, None]  # [S, P, 1, 1] each
+    weight = (tiles.weight / num_masks)[:, None, None]
+    at_focal = grad_focal[:, None, None, None] * weight / pixels.clamp(min=1)
+    at_dice = grad_dice[:, None, None, None] * weight
+    grad = torch.zeros_like(tiles.wide)  # [S, P, h, W]
+    for tile, x, t, valid in tiles:
+        sign, alpha_t, s, softplus = _signed(x, t, alpha)
+        focal = sign * alpha_t * s**gamma * (gamma * (1 - s) * softplus + s)
+        dice = ((2 * overlap + 1) / (total + 1) - 2 * t.to(x.dtype)) / (total + 1) * s * (1 - s)
+        grad += tiles.down[tile].mT @ ((at_focal * focal + at_dice * dice) * valid)
+    result = torch.zeros_like(mask_logits)
+    result[:, tiles.b, tiles.n] = grad @ tiles.across
+    return result
+
+
+def _forward_fake(mask_logits, labels, present, num_masks, *options):
+    S, B, N = mask_logits.shape[:3]
+    return mask_logits.new_empty((S,)), mask_logits.new_empty((S,)), mask_logits.new_empty((3, S, B, N))
+
+
+def _backward_fake(grad_focal, grad_dice, mask_logits, *rest):
+    return mask_logits.new_empty(mask_logits.shape)
+
+
+class _Autograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mask_logits, labels, present, num_masks, *options):
+        arguments = (mask_logits, labels, present, num_masks)
+        focal, dice, sums = below_autograd(torch.ops.segvit.mask_loss, *arguments, *options)
+        ctx.mark_non_differentiable(sums)
+        ctx.save_for_backward(*arguments, sums)
+        ctx.options = options
+        return focal, dice, sums
+
+    @staticmethod
+    def backward(ctx, grad_focal, grad_dice, grad_sums):
+        grad = torch.ops.segvit.mask_loss_backward(grad_focal, grad_dice, *ctx.saved_tensors, *ctx.options)
+        return grad, *[None] * (3 + len(ctx.options))
+
+
+_OPTIONS = "int ignore_index, bool masked, float alpha, float gamma, float rows, float columns"
+_INPUTS = "Tensor mask_logits, Tensor labels, Tensor present, Tensor num_masks"
+register(
+    f"mask_loss_backward(Tensor grad_focal, Tensor grad_dice, {_INPUTS}, Tensor sums, {_OPTIONS}) -> Tensor",
+    _backward,
+    _backward_fake,
+)
+register(f"mask_loss({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake, _Autograd)

@@ -1,0 +1,61 @@
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def stride_index(grid: tuple[int, int], stride: int, device: torch.device | None = None) -> Tensor:  # [1, M] int64
+    """Cells on every `stride`-th row and column of the grid, from 0, row by row: ceil(h/stride)·ceil(w/stride) of them."""
+    rows = torch.arange(0, grid[0], stride, device=device)
+    columns = torch.arange(0, grid[1], stride, device=device)
+    return (rows[:, None] * grid[1] + columns).flatten()[None]
+
+
+def token_downsample(
+    x: Tensor,  # [B, P + h·w, C], P prefix tokens first
+    norm_weight: Tensor,  # [C]
+    norm_bias: Tensor,  # [C]
+    eps: float,
+    grid: tuple[int, int],
+    keep: int | Tensor,  # a stride, or cells [B, M] int64
+) -> tuple[Tensor, Tensor, Tensor]:  # y [B, P + h·w, C], y_q [B, P + M, C], x_q [B, P + M, C]
+    """LayerNorm of all tokens (y), and the prefix plus the kept tokens, normalised (y_q) and as they were (x_q)."""
+    prefix = x.shape[1] - grid[0] * grid[1]
+    cells = stride_index(grid, keep, x.device) if isinstance(keep, int) else keep
+    first = torch.arange(prefix, device=x.device)[None]
+    rows = torch.cat([first.expand(cells.shape[0], -1), cells + prefix], 1).expand(x.shape[0], -1)
+    y = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    rows = rows[:, :, None].expand(-1, -1, x.shape[-1])
+    return y, y.gather(1, rows), x.gather(1, rows)
+
+
+def token_upsample(
+    x: Tensor,  # [B, P + ceil(h/s)·ceil(w/s), C], the tokens that token_downsample kept, after further blocks
+    skip: Tensor,  # [B, P + h·w, C], the full grid before down-sampling
+    grid: tuple[int, int],
+    stride: int,
+) -> Tensor:  # [B, P + h·w, C]
+    """Kept tokens back on the full grid, bilinear between the cells they came from (kept cells exactly), plus the skip."""
+    prefix = skip.shape[1] - grid[0] * grid[1]
+
+    def weights(size: int) -> Tensor:  # [size, ceil(size / stride)]
+        kept = -(-size // stride)
+        at = (torch.arange(size, device=x.device, dtype=torch.float64) / stride).clamp(max=kept - 1)
+        distance = (at[:, None] - torch.arange(kept, device=x.device, dtype=torch.float64)).abs()
+        return (1 - distance).clamp(min=0).to(x.dtype)
+
+    low = x[:, prefix:].unflatten(1, (-(-grid[0] // stride), -(-grid[1] // stride)))
+    full = torch.einsum("yi,xj,bijc->byxc", weights(grid[0]), weights(grid[1]), low)
+    return torch.cat([x[:, :prefix], full.flatten(1, 2)], 1) + skip
+
+
+def query_attention(
+    q: Tensor,  # [B, M, C]
+    k: Tensor,  # [B, L, C]
+    v: Tensor,  # [B, L, C]
+    num_heads: int,
+    dropout_p: float = 0.0,
+) -> Tensor:  # [B, M, C]
+    """softmax(QKᵀ/√d)V per head."""
+    qh, kh, vh = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    weights = (qh @ kh.mT * qh.shape[-1] ** -0.5).softmax(-1)
+    return (F.dropout(weights, dropout_p) @ vh).transpose(1, 2).flatten(2)

@@ -1,0 +1,234 @@
+"""token_resample: the token down- and up-sampling of Shrunk, and the attention of kept tokens to all tokens."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _checks
+from ._dispatch import NATIVE_MISSING, choose
+from ._library import below_autograd, register
+from .reference import token_downsample as reference_downsample
+from .reference import token_upsample as reference_upsample
+from .reference.token_resample import stride_index
+
+
+def token_downsample(
+    x: Tensor,  # [B, P + h·w, C]
+    norm_weight: Tensor,  # [C]
+    norm_bias: Tensor,  # [C]
+    eps: float,
+    grid: tuple[int, int],
+    keep: int | Tensor,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of all tokens and a gather of the kept ones, in one pass: what query-based down-sampling (QD) needs.
+
+    (SegViT, arXiv 2210.05844, section 3.4.)
+
+    Args:
+        x: [B, P + h·w, C] with P = length − h·w prefix tokens (class, registers) first; float64, float32, bfloat16, float16.
+        norm_weight, norm_bias: [C], of the LayerNorm; cast to x's dtype.
+        eps: of the LayerNorm.
+        grid: (h, w).
+        keep: a stride s, which keeps rows and columns 0, s, 2s…; or the kept cells as an int64 index [B, M] into the
+            grid (0 … h·w − 1, row by row). A cell may repeat: it is copied, and its gradients add up.
+        backend: "native" (C++), "reference", or None for the best that can run.
+
+    Returns:
+        y [B, P + h·w, C], all tokens normalised; y_q and x_q [B, P + M, C], the prefix and then the kept tokens,
+        normalised and as they were. Gradients reach x, norm_weight and norm_bias through all three.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, a stride below 1.
+        RuntimeError: a cell outside the grid; a backend that was asked for and cannot run, with the reason.
+    """
+    op = "token_downsample"
+    grid = _checks.pair(op, "grid", grid)
+    _checks.tensor(op, "x", x, "[B, P + h*w, C]")
+    prefix = x.shape[1] - grid[0] * grid[1]
+    if prefix < 0 or 0 in x.shape:
+        raise ValueError(
+            f"{op}: x must be [B, P + h*w, C] with grid (h, w) = {grid} and B, C > 0, got {tuple(x.shape)}"
+        )
+    for name, t in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if _checks.tensor(op, name, t, "[C]").shape[0] != x.shape[2]:
+            raise ValueError(f"{op}: {name} must be [C] = [{x.shape[2]}], got {tuple(t.shape)}")
+    if isinstance(keep, Tensor):
+        _checks.tensor(op, "keep", keep, "[B, M]", (torch.int64,))
+        if keep.shape[0] != x.shape[0]:
+            raise ValueError(f"{op}: keep must be [B, M] with B = {x.shape[0]}, got {tuple(keep.shape)}")
+    elif not isinstance(keep, int) or keep < 1:
+        raise ValueError(f"{op}: keep must be a stride of at least 1 or an int64 index [B, M], got {keep!r}")
+    _checks.same_device(
+        op, x=x, norm_weight=norm_weight, norm_bias=norm_bias, keep=keep if isinstance(keep, Tensor) else None
+    )
+    weight, bias = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
+    name = choose(op, backend, [("native", _native_reason(x)), ("reference", None)])
+    with torch.autocast(x.device.type, enabled=False):
+        if name == "reference":
+            return reference_downsample(x, weight, bias, eps, grid, keep)
+        cells = stride_index(grid, keep, x.device) if isinstance(keep, int) else keep
+        return torch.ops.segvit.token_downsample(x, weight, bias, cells, eps, prefix)[:3]
+
+
+def token_upsample(
+    x: Tensor,  # [B, P + ceil(h/s)·ceil(w/s), C]
+    skip: Tensor,  # [B, P + h·w, C]
+    grid: tuple[int, int],
+    stride: int,
+    backend: str | None = None,
+) -> Tensor:
+    """Return the tokens kept by a stride to the full grid, bilinearly, and add the skip: the inverse of down-sampling.
+
+    A kept cell gets its own token exactly; cells between are interpolated, cells past the last kept one repeat it.
+
+    Args:
+        x: [B, P + ceil(h/s)·ceil(w/s), C], prefix tokens first, the kept grid row by row.
+        skip: [B, P + h·w, C], the tokens of the full grid; same dtype and device.
+        grid: (h, w) of the full grid.
+        stride: s, as it was given to token_downsample.
+        backend: "reference", or None for the best that can run.
+
+    Returns:
+        [B, P + h·w, C] in x's dtype, with gradients to x and skip.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    op = "token_upsample"
+    grid = _checks.pair(op, "grid", grid)
+    _checks.tensor(op, "x", x, "[B, P + M, C]")
+    _checks.tensor(op, "skip", skip, "[B, P + h*w, C]", (x.dtype,))
+    if not isinstance(stride, int) or stride < 1:
+        raise ValueError(f"{op}: stride must be an integer of at least 1, got {stride!r}")
+    kept = -(-grid[0] // stride) * -(-grid[1] // stride)
+    prefix = skip.shape[1] - grid[0] * grid[1]
+    if prefix < 0 or x.shape != (skip.shape[0], prefix + kept, skip.shape[2]):
+        shapes = f"x {tuple(x.shape)} and skip {tuple(skip.shape)}"
+        raise ValueError(f"{op}: grid {grid} and stride {stride} ask for x [B, P + {kept}, C], got {shapes}")
+    _checks.same_device(op, x=x, skip=skip)
+    choose(op, backend, [("reference", None)])
+    return reference_upsample(x, skip, grid, stride)
+
+
+def query_attention(
+    q: Tensor,  # [B, M, C]
+    k: Tensor,  # [B, L, C]
+    v: Tensor,  # [B, L, C]
+    num_heads: int,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:  # [B, M, C]
+    """softmax(QKᵀ/√d)V per head, by scaled_dot_product_attention.
+
+    Args:
+        q: [B, M, C], float; k, v: [B, L, C] of the same dtype and device.
+        num_heads: must divide C.
+        dropout_p: dropout of the attention weights, in [0, 1).
+        backend: "library", "reference", or None for the best that can run.
+
+    Returns:
+        [B, M, C] in q's dtype, with gradients to all three.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, heads that do not divide C, dropout outside [0, 1).
+    """
+    op = "query_attention"
+    for name, t, layout in (("q", q, "[B, M, C]"), ("k", k, "[B, L, C]"), ("v", v, "[B, L, C]")):
+        _checks.tensor(op, name, t, layout, (q.dtype,) if isinstance(q, Tensor) and name != "q" else _checks.FLOATS)
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(f"{op}: q must be [B, M, C] and k, v [B, L, C], got {shapes}")
+    if not isinstance(num_heads, int) or num_heads < 1 or q.shape[2] % num_heads:
+        raise ValueError(f"{op}: num_heads must divide the width C = {q.shape[2]}, got {num_heads}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    _checks.same_device(op, q=q, k=k, v=v)
+    if choose(op, backend, [("library", None), ("reference", None)]) == "reference":
+        from .reference import query_attention as reference_attention
+
+        return reference_attention(q, k, v, num_heads, dropout_p)
+    qh, kh, vh = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(qh, kh, vh, dropout_p=dropout_p).transpose(1, 2).flatten(2)
+
+
+def _native_reason(x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"x is on {x.device.type}; this version has a C++ kernel for the CPU alone"
+    return NATIVE_MISSING
+
+
+def _downsample(x, weight, bias, index, eps, prefix):
+    """The operator's body where no native kernel is registered for x's device: the reference, and the statistics."""
+    grid = (x.shape[1] - prefix, 1)
+    y, y_q, x_q = reference_downsample(x, weight, bias, eps, grid, index.expand(x.shape[0], -1))
+    mean, rstd = _statistics(x, eps)
+    return y, y_q, x_q, mean, rstd
+
+
+def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # mean, 1/σ: [B, T] each
+    wide = x if x.dtype == torch.float64 else x.float()
+    variance, mean = torch.var_mean(wide, -1, correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
+def _downsample_fake(x, weight, bias, index, eps, prefix):
+    kept = x.new_empty((x.shape[0], prefix + index.shape[1], x.shape[2]))
+    stats = x.new_empty(x.shape[:2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), kept, kept.clone(), stats, stats.clone()
+
+
+def _downsample_backward(grad_y, grad_y_q, grad_x_q, x, weight, index, mean, rstd, prefix):
+    """The gathered gradients go back to their tokens inside the LayerNorm's backward."""
+    B, T, C = x.shape
+    first = torch.arange(prefix, device=x.device)[None]
+    rows = torch.cat([first.expand(index.shape[0], -1), index + prefix], 1).expand(B, -1)[:, :, None].expand(-1, -1, C)
+    grad_y, grad_y_q, grad_x_q, x, weight = (t.to(mean.dtype) for t in (grad_y, grad_y_q, grad_x_q, x, weight))
+    grad_y = grad_y.scatter_add(1, rows, grad_y_q)
+    hat = (x - mean[..., None]) * rstd[..., None]
+    g = grad_y * weight
+    grad_x = (g - g.mean(-1, keepdim=True) - hat * (g * hat).mean(-1, keepdim=True)) * rstd[..., None]
+    return grad_x.scatter_add(1, rows, grad_x_q), (grad_y * hat).sum((0, 1)), grad_y.sum((0, 1))
+
+
+def _downsample_backward_cast(grad_y, grad_y_q, grad_x_q, x, weight, index, mean, rstd, prefix):
+    grads = _downsample_backward(grad_y, grad_y_q, grad_x_q, x, weight, index, mean, rstd, prefix)
+    return tuple(g.to(x.dtype) for g in grads)
+
+
+def _downsample_backward_fake(grad_y, grad_y_q, grad_x_q, x, weight, index, mean, rstd, prefix):
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        weight.new_empty(weight.shape),
+        weight.new_empty(weight.shape),
+    )
+
+
+class _Autograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, index, eps, prefix):
+        y, y_q, x_q, mean, rstd = below_autograd(torch.ops.segvit.token_downsample, x, weight, bias, index, eps, prefix)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x, weight, index, mean, rstd)
+        ctx.prefix = prefix
+        return y, y_q, x_q, mean, rstd
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_y_q, grad_x_q, grad_mean, grad_rstd):
+        grads = torch.ops.segvit.token_downsample_backward(grad_y, grad_y_q, grad_x_q, *ctx.saved_tensors, ctx.prefix)
+        return *grads, None, None, None
+
+
+register(
+    "token_downsample_backward(Tensor grad_y, Tensor grad_y_q, Tensor grad_x_q, Tensor x, Tensor weight, Tensor index, "
+    "Tensor mean, Tensor rstd, int prefix) -> (Tensor, Tensor, Tensor)",
+    _downsample_backward_cast,
+    _downsample_backward_fake,
+)
+register(
+    "token_downsample(Tensor x, Tensor weight, Tensor bias, Tensor index, float eps, int prefix) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _downsample,
+    _downsample_fake,
+    _Autograd,
+)

@@ -1,0 +1,87 @@
+"""Shared by all tests: where golden data and real images lie, NaN-poisoned memory, and what a missing part means."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"  # golden data and images of the developers' workplace; not part of the repository
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def extension():
+    """With SEGVIT_REQUIRE_EXT=1 a missing C++ library fails the run: tests of the fallback alone would say nothing."""
+    from segvit.ops._dispatch import NATIVE_MISSING
+
+    if os.environ.get("SEGVIT_REQUIRE_EXT") == "1" and NATIVE_MISSING:
+        pytest.exit(f"SEGVIT_REQUIRE_EXT=1, but {NATIVE_MISSING}", returncode=3)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """torch.empty and new_empty hand out NaN (or 77 for integers): an element that nobody wrote shows."""
+
+    def poison(allocate):
+        def empty(*args, **kwargs):
+            t = allocate(*args, **kwargs)
+            return t.fill_(float("nan") if t.is_floating_point() else 77)
+
+        return empty
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+def shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{name} is not beside this checkout (../shared)")
+    return path
+
+
+class Golden:
+    """One golden case: its tensors by name, its description, and an assertion with the case's own tolerance."""
+
+    def __init__(self, name: str):
+        self.info = json.loads(shared(f"golden/{name}.json").read_text())
+        self.tensors = load_file(shared(f"golden/{name}.safetensors"))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {k.removeprefix("state/"): v for k, v in self.tensors.items() if k.startswith("state/")}
+
+    def check(self, name: str, got: torch.Tensor) -> None:
+        """Within 20 times the fp32 error that the case states for this tensor (and float32's own rounding of it)."""
+        want = self[name]
+        assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
+        assert got.isfinite().all(), f"{name}: not finite"
+        stated = self.info["tensors"][name]["fp32_vs_fp64_max_abs_err"]
+        rounding = torch.finfo(torch.float32).eps * want.abs().max().item()
+        error = (got.double() - want.double()).abs().max().item()
+        assert error <= 20 * max(stated, rounding), f"{name}: error {error:.2e}, stated fp32 error {stated:.2e}"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden(name) loads a case, or skips the test where ../shared is missing."""
+    return Golden

@@ -1,0 +1,237 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+from segvit.ops import query_attention, token_downsample, token_upsample
+from segvit.ops._dispatch import NATIVE_MISSING
+from segvit.ops.reference.token_resample import stride_index
+
+BACKENDS = [
+    pytest.param("native", marks=pytest.mark.skipif(bool(NATIVE_MISSING), reason=str(NATIVE_MISSING))),
+    "reference",
+]
+
+
+def inputs(B=2, P=1, grid=(5, 7), C=12, dtype=torch.float64):
+    x = torch.randn(B, P + grid[0] * grid[1], C, dtype=dtype)
+    return [t.requires_grad_() for t in (x, torch.randn(C, dtype=dtype), torch.randn(C, dtype=dtype))]
+
+
+def naive(x, weight, bias, eps, grid, keep):
+    P = x.shape[1] - grid[0] * grid[1]
+    cells = x[:, P:].unflatten(1, grid)
+    if isinstance(keep, int):
+        kept = cells[:, ::keep, ::keep].flatten(1, 2)
+    else:
+        kept = torch.stack([row[index] for row, index in zip(cells.flatten(1, 2), keep)])
+    x_q = torch.cat([x[:, :P], kept], 1)
+    norm = lambda t: F.layer_norm(t, t.shape[-1:], weight, bias, eps)  # noqa: E731
+    return norm(x), norm(x_q), x_q
+
+
+KEEPS = {
+    "stride 1": 1,
+    "stride 2": 2,
+    "stride 3": 3,
+    "beyond the grid": 9,
+    "index": torch.tensor([[0, 34, 7, 8], [5, 4, 3, 33]]),
+    "repeated": torch.tensor([[3, 3, 3], [0, 1, 0]]),
+    "none": torch.zeros(2, 0, dtype=torch.long),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS.keys())
+@pytest.mark.parametrize("P", [0, 1, 5])
+def test_values_and_gradients_match_the_naive_form(backend, keep, P):
+    arguments = inputs(P=P)
+    got = token_downsample(*arguments, 1e-6, (5, 7), keep, backend=backend)
+    want = naive(*arguments, 1e-6, (5, 7), keep)
+    upstream = [torch.randn_like(t) for t in want]
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b)
+    grads = (torch.autograd.grad(out, arguments, upstream) for out in (got, want))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_at_most_twice_plain_pytorch_in_the_same_dtype(backend, dtype):
+    exact = inputs(C=48, dtype=torch.float64)
+    low = [t.detach().to(dtype).requires_grad_() for t in exact]
+    exact = [t.detach().double().requires_grad_() for t in low]
+    results = []
+    upstream = None
+    for arguments, call in ((exact, naive), (low, naive), (low, token_downsample)):
+        extra = {"backend": backend} if call is token_downsample else {}
+        out = call(*arguments, 1e-6, (5, 7), 2, **extra)
+        upstream = upstream or [torch.randn(t.shape).to(dtype) for t in out]
+        results.append((*out, *torch.autograd.grad(out, arguments, [g.to(out[0].dtype) for g in upstream])))
+    for want, plain, got in zip(*results):
+        assert got.dtype == dtype
+        error, allowed = ((t.double() - want).norm() / want.norm() for t in (got, plain))
+        assert error <= 2 * allowed + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stride_one_keeps_everything_and_a_permutation_permutes(backend):
+    arguments = inputs(P=2)
+    y, y_q, x_q = token_downsample(*arguments, 1e-6, (5, 7), 1, backend=backend)
+    assert torch.equal(y, y_q)
+    assert torch.equal(arguments[0], x_q)
+    order = torch.stack([torch.randperm(35), torch.randperm(35)])
+    _, shuffled, _ = token_downsample(*arguments, 1e-6, (5, 7), order, backend=backend)
+    assert torch.equal(shuffled[:, 2:], y[:, 2:].gather(1, order[..., None].expand(-1, -1, 12)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keep", [2, torch.tensor([[0, 3, 3], [1, 2, 5]])], ids=["stride", "index"])
+def test_gradcheck(backend, keep):
+    arguments = inputs(2, 1, (2, 3), 4)
+    assert torch.autograd.gradcheck(lambda *a: token_downsample(*a, 1e-6, (2, 3), keep, backend=backend), arguments)
+
+
+def test_opcheck():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, bias = inputs(dtype=dtype)
+        opcheck(torch.ops.segvit.token_downsample.default, (x, weight, bias, stride_index((5, 7), 2), 1e-6, 1))
+        opcheck(torch.ops.segvit.token_downsample.default, (x, weight, bias, KEEPS["repeated"], 1e-6, 1))
+
+
+def test_the_operator_without_native_code_is_the_same():
+    """The Python body that serves devices without a kernel of their own, against the naive form."""
+    from segvit.ops.token_resample import _downsample, _downsample_backward
+
+    arguments = inputs(P=1)
+    x, weight, bias = (t.detach() for t in arguments)
+    index = KEEPS["repeated"]
+    y, y_q, x_q, mean, rstd = _downsample(x, weight, bias, index, 1e-6, 1)
+    want = naive(*arguments, 1e-6, (5, 7), index)
+    upstream = [torch.randn_like(t) for t in want]
+    for a, b in zip((y, y_q, x_q), want):
+        torch.testing.assert_close(a, b)
+    got = _downsample_backward(*upstream, x, weight, index, mean, rstd, 1)
+    for a, b in zip(got, torch.autograd.grad(want, arguments, upstream)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_input_expanded_gradient_and_poisoned_memory(backend, poisoned):
+    x, weight, bias = inputs()
+    x = torch.randn(2, 12, 36, dtype=torch.float64).mT.requires_grad_()
+    got = token_downsample(x, weight, bias, 1e-6, (5, 7), 2, backend=backend)
+    want = naive(x, weight, bias, 1e-6, (5, 7), 2)
+    for out in (got, want):
+        assert all(t.isfinite().all() for t in out)
+    a = torch.autograd.grad(sum(t.sum() for t in got), [x, weight, bias])  # gradients of stride 0
+    b = torch.autograd.grad(sum(t.sum() for t in want), [x, weight, bias])
+    for g, w in zip(a, b):
+        torch.testing.assert_close(g, w)
+
+
+@pytest.mark.skipif(bool(NATIVE_MISSING), reason=str(NATIVE_MISSING))
+def test_native_backward_is_bitwise_the_same_with_any_number_of_threads():
+    arguments = inputs(4, 1, (16, 16), 64, torch.float32)
+    before = torch.get_num_threads()
+    grads = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out = token_downsample(*arguments, 1e-6, (16, 16), 2, backend="native")
+            grads.append(torch.autograd.grad(sum((t * t).sum() for t in out), arguments))
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(*grads):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_to_at_most_two_graphs_over_batch_sizes(backend):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    step = torch.compile(
+        lambda *a: token_downsample(*a, 1e-6, (5, 7), 2, backend=backend), fullgraph=True, backend=counter
+    )
+    for B in (1, 2, 3, 8):
+        arguments = inputs(B, dtype=torch.float32)
+        got = step(*arguments)
+        torch.testing.assert_close(got, naive(*arguments, 1e-6, (5, 7), 2))
+        sum(t.sum() for t in got).backward()
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize(("grid", "stride"), [((5, 7), 2), ((4, 4), 2), ((1, 1), 2), ((3, 5), 4), ((6, 5), 1)])
+@pytest.mark.parametrize("P", [0, 2])
+def test_upsample_gives_kept_cells_back_and_interpolates_between(grid, stride, P):
+    full = torch.randn(2, P + grid[0] * grid[1], 3, dtype=torch.float64)
+    _, _, kept = token_downsample(full, torch.ones(3).double(), torch.zeros(3).double(), 1e-6, grid, stride)
+    up = token_upsample(kept, torch.zeros_like(full), grid, stride)
+    index = stride_index(grid, stride)[0] + P
+    torch.testing.assert_close(up[:, index], full[:, index])
+    torch.testing.assert_close(up[:, :P], full[:, :P])
+    ramp = torch.arange(grid[0], dtype=torch.float64)[:, None, None].expand(*grid, 3).reshape(1, -1, 3)
+    kept = ramp[:, stride_index(grid, stride)[0]]
+    between = token_upsample(kept, torch.zeros_like(ramp), grid, stride)
+    last = (grid[0] - 1) // stride * stride
+    torch.testing.assert_close(between, ramp.clamp(max=last))  # linear between kept rows, constant past the last
+    skip = torch.randn_like(full)
+    torch.testing.assert_close(token_upsample(kept_like(full, grid, stride, P), skip, grid, stride) - skip, up)
+
+
+def kept_like(full, grid, stride, P):
+    return torch.cat([full[:, :P], full[:, stride_index(grid, stride)[0] + P]], 1)
+
+
+def test_upsample_gradcheck():
+    x = torch.randn(2, 1 + 6, 3, dtype=torch.float64, requires_grad=True)
+    skip = torch.randn(2, 1 + 15, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: token_upsample(a, b, (3, 5), 2), (x, skip))
+
+
+@pytest.mark.parametrize("backend", ["library", "reference"])
+def test_query_attention_matches_the_formula(backend):
+    q, k, v = (torch.randn(2, n, 12, dtype=torch.float64, requires_grad=True) for n in (5, 9, 9))
+    got = query_attention(q, k, v, 3, backend=backend)
+    heads = []
+    for a, b, c in zip(q.chunk(3, -1), k.chunk(3, -1), v.chunk(3, -1)):
+        heads.append((a @ b.mT / 2).softmax(-1) @ c)
+    torch.testing.assert_close(got, torch.cat(heads, -1))
+    assert torch.autograd.gradcheck(lambda *t: query_attention(*t, 3, backend=backend), (q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (dict(grid=(5, 8)), ValueError, r"x must be \[B, P \+ h\*w, C\] with grid"),
+        (dict(x=torch.zeros(2, 36)), ValueError, "x must be"),
+        (dict(x=torch.zeros(0, 36, 12)), ValueError, "B, C > 0"),
+        (dict(norm_weight=torch.zeros(11)), ValueError, r"norm_weight must be \[C\] = \[12\]"),
+        (dict(keep=0), ValueError, "keep must be a stride"),
+        (dict(keep=torch.zeros(2, 3)), ValueError, "keep must have one of the dtypes int64"),
+        (dict(keep=torch.zeros(3, 3, dtype=torch.long)), ValueError, r"keep must be \[B, M\] with B = 2"),
+        (dict(backend="triton"), RuntimeError, "no 'triton' backend"),
+        (dict(backend="native", x=torch.zeros(2, 36, 12, device="meta")), ValueError, "norm_weight is on cpu"),
+    ],
+)
+def test_bad_input_gets_one_clear_error(call, error, message):
+    arguments = dict(
+        x=torch.zeros(2, 36, 12), norm_weight=torch.ones(12), norm_bias=torch.zeros(12), eps=1e-6, grid=(5, 7), keep=2
+    )
+    with pytest.raises(error, match=message):
+        token_downsample(**(arguments | call))
+
+
+@pytest.mark.parametrize("cell", [-1, 35])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cell_outside_the_grid_is_refused(backend, cell):
+    keep = torch.tensor([[0, cell], [0, 1]])
+    with pytest.raises(RuntimeError, match=r"keep has the cell|out of bounds"):
+        token_downsample(*inputs(P=0), 1e-6, (5, 7), keep, backend=backend)
+
+
+def test_native_on_another_device_says_why():
+    meta = [t.to("meta") for t in inputs(dtype=torch.float32)]
+    with pytest.raises(RuntimeError, match="x is on meta"):
+        token_downsample(*meta, 1e-6, (5, 7), 2, backend="native")
