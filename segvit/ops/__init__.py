@@ -1,4 +1,4 @@
-"""The fused operators. Each name stands for a contract, a reference (segvit.ops.reference), its kernels and a benchmark."""
+"""The operators. Each name stands for a contract, a reference (segvit.ops.reference), kernels and a benchmark."""
 
 from . import reference
 from .atm import atm

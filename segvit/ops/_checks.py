@@ -1,4 +1,4 @@
-"""Argument checks shared by the operators: one clear ValueError that names the argument, its shape and what is wanted."""
+"""Argument checks of the operators: one clear ValueError that names the argument, its shape and what is wanted."""
 
 import torch
 from torch import Tensor

@@ -4,6 +4,7 @@ The environment variable SEGVIT_KERNELS (auto, reference, triton or native; read
 operators that have it; the keyword `backend=` forces one on a single call. What is forced and cannot run raises.
 """
 
+import contextlib
 import importlib
 import os
 from collections.abc import Sequence
@@ -55,3 +56,10 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Where autocast is on, off: the operators choose their dtypes themselves."""
+    if autocast_dtype(device) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
-from ._dispatch import autocast_dtype, choose
+from ._dispatch import autocast_dtype, choose, without_autocast
 from ._library import below_autograd, register
 from .reference import atm as reference_atm
 from .reference.atm import atm_backward as reference_backward
@@ -52,7 +52,7 @@ def atm(
     # A tensor on the meta device has nothing to compute: one operator call is what a FLOP counter should see.
     candidates = [("library", "meta tensors" if q.is_meta else None), ("reference", None)]
     name = choose("atm", backend, candidates)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         if name == "library":
             return _library(q, k, v, num_heads, scale, dropout_p, mask_carry, sigmoid)
         seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None

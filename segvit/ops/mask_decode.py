@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._dispatch import choose
+from ._dispatch import choose, without_autocast
 from ._library import register
 from .reference import mask_decode as reference_decode
 from .reference._sampling import bilinear_matrix
@@ -42,7 +42,7 @@ def mask_decode(
         dtype: of the labels; uint8 up to 256 classes, else int16, by default.
         confidence: with "labels", also return the winning score, float32 [B, H, W].
         prune: drop queries whose largest class probability is below this ε; changes a score by less than N_dropped·ε.
-        extent: (rows, columns), in cells, of the upper left part of the mask grid that the output covers; all by default.
+        extent: (rows, columns), in cells, of the upper left part of the mask grid that the output covers; default all.
             For an image padded right and bottom to the patch size: (H / patch, W / patch).
         out, counts, window: with "scores", add the scores to out [B, K, Hc, Wc] and one to counts [Hc, Wc] in place, at
             window = (top, left); returns `out`. For sliding windows.
@@ -59,7 +59,7 @@ def mask_decode(
     backend = choose("mask_decode", backend, [("tiled", None), ("reference", None)])
     arguments = (mask_logits.detach(), class_probs.detach(), *size)
     tail = (float(prune), rows, columns, backend)
-    with torch.autocast(mask_logits.device.type, enabled=False):
+    with without_autocast(mask_logits.device):
         if out is not None or counts is not None or window is not None:
             top, left = _check_window(mask_logits, class_probs, size, output, out, counts, window)
             torch.ops.segvit.mask_decode_accumulate(*arguments, out, counts, top, left, *tail)
@@ -124,7 +124,7 @@ def _float(t: Tensor) -> Tensor:
 def _score_tiles(
     mask_logits, class_probs, height, width, prune, rows, columns
 ) -> Iterator[tuple[int, slice, Tensor]]:  # image, its rows, scores [rows, width, K]
-    """Scores a few rows at a time: widen to [h, W·N] once, then per tile one small GEMM for the rows, one for the classes."""
+    """Scores a few rows at a time: widen to [h, W·N] once, then per tile a small GEMM for rows, one for classes."""
     h, w = mask_logits.shape[2:]
     if mask_logits.device.type == "cpu" and mask_logits.isnan().any():
         raise ValueError("mask_decode: mask_logits contain NaN; look for the layer or the learning rate that made them")

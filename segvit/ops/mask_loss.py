@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
-from ._dispatch import choose
+from ._dispatch import choose, without_autocast
 from ._library import below_autograd, register
 from .reference import mask_loss as reference_loss
 from .reference._sampling import bilinear_matrix
@@ -27,7 +27,7 @@ def mask_loss(
     extent: tuple[float, float] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Focal and dice loss of every present class's mask, bilinearly upsampled to the labels' size, all stages in one call.
+    """Focal and dice loss of every present class's mask, upsampled to the labels' size, all stages in one call.
 
     For present (b, n), x_p = bilinear(mask_logits[s, b, n], p) and t_p = (labels[b, p] == n):
     focal = Σ mean_p α_t(1−p_t)^γ·BCE(x_p, t_p) / num_masks and dice = Σ 1 − (2Σσt + 1)/(Σσ + Σt + 1), / num_masks.
@@ -54,7 +54,7 @@ def mask_loss(
     rows, columns = _check(mask_logits, labels, present, num_masks, ignored, extent)
     mask_logits = mask_logits if mask_logits.dtype == torch.float64 else mask_logits.float()
     name = choose("mask_loss", backend, [("tiled", None), ("reference", None)])
-    with torch.autocast(mask_logits.device.type, enabled=False):
+    with without_autocast(mask_logits.device):
         if name == "reference":
             options = (ignore_index, ignored, alpha, gamma, (rows, columns))
             return reference_loss(mask_logits, labels, present, num_masks, *options)
@@ -70,7 +70,7 @@ def _check(mask_logits, labels, present, num_masks, ignored, extent) -> tuple[fl
     _checks.tensor(op, "present", present, "[B, N]", (torch.bool,))
     if not isinstance(num_masks, Tensor) or num_masks.dim() != 0:
         raise ValueError(f"{op}: num_masks must be a 0-d tensor on the device of mask_logits, got {num_masks!r}")
-    S, B, N, h, w = mask_logits.shape
+    _, B, N, h, w = mask_logits.shape
     if 0 in mask_logits.shape or 0 in labels.shape:
         raise ValueError(f"{op}: no dimension may be zero, got {tuple(mask_logits.shape)} and {tuple(labels.shape)}")
     if labels.shape[0] != B:
@@ -122,7 +122,7 @@ def _forward(mask_logits, labels, present, num_masks, ignore_index, masked, alph
     tiles = _Tiles(mask_logits, labels, present, ignore_index, masked, rows, columns)
     focal, sigma, overlap, target, pixels = mask_logits.new_zeros((5, tiles.S, len(tiles.b)))
     for _, x, t, valid in tiles:
-        sign, alpha_t, s, softplus = _signed(x, t, alpha)
+        _, alpha_t, s, softplus = _signed(x, t, alpha)
         focal += (alpha_t * s**gamma * softplus * valid).sum((-2, -1))
         probability = torch.where(t, 1 - s, s) * valid
         sigma += probability.sum((-2, -1))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
-from ._dispatch import NATIVE_MISSING, choose
+from ._dispatch import NATIVE_MISSING, choose, without_autocast
 from ._library import below_autograd, register
 from .reference import token_downsample as reference_downsample
 from .reference import token_upsample as reference_upsample
@@ -26,7 +26,7 @@ def token_downsample(
     (SegViT, arXiv 2210.05844, section 3.4.)
 
     Args:
-        x: [B, P + h·w, C] with P = length − h·w prefix tokens (class, registers) first; float64, float32, bfloat16, float16.
+        x: [B, P + h·w, C] with P = length − h·w prefix tokens (class, registers) first; any float dtype.
         norm_weight, norm_bias: [C], of the LayerNorm; cast to x's dtype.
         eps: of the LayerNorm.
         grid: (h, w).
@@ -64,7 +64,7 @@ def token_downsample(
     )
     weight, bias = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
     name = choose(op, backend, [("native", _native_reason(x)), ("reference", None)])
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         if name == "reference":
             return reference_downsample(x, weight, bias, eps, grid, keep)
         cells = stride_index(grid, keep, x.device) if isinstance(keep, int) else keep
@@ -180,7 +180,7 @@ def _downsample_fake(x, weight, bias, index, eps, prefix):
 
 def _downsample_backward(grad_y, grad_y_q, grad_x_q, x, weight, index, mean, rstd, prefix):
     """The gathered gradients go back to their tokens inside the LayerNorm's backward."""
-    B, T, C = x.shape
+    B, _, C = x.shape
     first = torch.arange(prefix, device=x.device)[None]
     rows = torch.cat([first.expand(index.shape[0], -1), index + prefix], 1).expand(B, -1)[:, :, None].expand(-1, -1, C)
     grad_y, grad_y_q, grad_x_q, x, weight = (t.to(mean.dtype) for t in (grad_y, grad_y_q, grad_x_q, x, weight))

@@ -8,7 +8,7 @@ def bilinear_matrix(
     extent: float,  # the part of the grid that the output covers, in cells
     like: Tensor,  # gives dtype and device
 ) -> Tensor:  # [size, cells], rows sum to 1
-    """Bilinear sampling along one axis, align_corners=False: pixel i looks at c = clamp((i+½)·extent/size − ½, 0, cells−1)."""
+    """Bilinear along one axis, align_corners=False: pixel i looks at clamp((i+½)·extent/size − ½, 0, cells−1)."""
     i = torch.arange(size, device=like.device, dtype=torch.float64)
     c = ((i + 0.5) * (extent / size) - 0.5).clamp(0, cells - 1)
     distance = (c[:, None] - torch.arange(cells, device=like.device, dtype=torch.float64)).abs()

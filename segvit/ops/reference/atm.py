@@ -15,7 +15,7 @@ def dropout_mask(
     dropout_p: float,
     dtype: torch.dtype,
 ) -> Tensor:  # [B, H, N, L], 0 or 1 / (1 - dropout_p)
-    """Counter-based dropout: element (b·H + h, n, l) hashes with the seed alone, so any tiling replays the same mask."""
+    """Counter-based dropout: element (b·H + h, n, l) and the seed decide, so that any tiling replays the mask."""
     B, H, N, L = shape
     key = _mix((seed & 0xFFFFFFFF) ^ _mix(torch.arange(B * H, device=seed.device) + ((seed >> 32) & 0xFFFFFFFF)))
     counter = torch.arange(N * L, device=seed.device) * 0x9E3779B9
@@ -38,7 +38,7 @@ def atm(
     sigmoid: bool = False,
     seed: Tensor | None = None,  # [1] int64, needed when dropout_p > 0
 ) -> tuple[Tensor, Tensor]:  # out [B, N, C], mask logits [B, N, L]
-    """Attention-to-mask as the formula: S = scale·QKᵀ per head, out = softmax(S)V, mask = carry + mean over heads of S."""
+    """Attention-to-mask: S = scale·QKᵀ per head, out = softmax(S)V, mask = carry + mean over heads of S."""
     scale = (q.shape[-1] // num_heads) ** -0.5 if scale is None else scale
     qh, kh, vh = (_heads(t, num_heads) for t in (q, k, v))
     similarity = scale * (qh @ kh.mT)

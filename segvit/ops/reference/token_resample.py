@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def stride_index(grid: tuple[int, int], stride: int, device: torch.device | None = None) -> Tensor:  # [1, M] int64
-    """Cells on every `stride`-th row and column of the grid, from 0, row by row: ceil(h/stride)·ceil(w/stride) of them."""
+    """Cells on every `stride`-th row and column of the grid from 0, row by row: ceil(h/stride)·ceil(w/stride)."""
     rows = torch.arange(0, grid[0], stride, device=device)
     columns = torch.arange(0, grid[1], stride, device=device)
     return (rows[:, None] * grid[1] + columns).flatten()[None]
@@ -34,7 +34,7 @@ def token_upsample(
     grid: tuple[int, int],
     stride: int,
 ) -> Tensor:  # [B, P + h·w, C]
-    """Kept tokens back on the full grid, bilinear between the cells they came from (kept cells exactly), plus the skip."""
+    """Kept tokens back on the full grid, bilinear between the cells they came from, plus the skip."""
     prefix = skip.shape[1] - grid[0] * grid[1]
 
     def weights(size: int) -> Tensor:  # [size, ceil(size / stride)]

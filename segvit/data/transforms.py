@@ -1,0 +1,62 @@
+"""Augmentation as in the paper, on torchvision.transforms.v2."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+
+class RandomScaleCrop(v2.Transform):
+    """Resize by a random factor, then crop to `size`; where the image is too small, pad right and bottom.
+
+    A crop in which one class covers more than cat_max_ratio of the labelled pixels is drawn again, up to ten times.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        scale: tuple[float, float] = (0.5, 2.0),
+        ignore_index: int = 255,
+        cat_max_ratio: float = 0.75,
+    ):
+        super().__init__()
+        self.size, self.scale, self.ignore_index, self.cat_max_ratio = tuple(size), scale, ignore_index, cat_max_ratio
+
+    def forward(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        factor = torch.empty(()).uniform_(*self.scale).item()
+        size = [max(round(n * factor), 1) for n in image.shape[-2:]]
+        image, labels = v2.functional.resize(image, size, antialias=True), v2.functional.resize(labels, size)
+        padding = [0, 0, max(self.size[1] - size[1], 0), max(self.size[0] - size[0], 0)]
+        image = v2.functional.pad(image, padding)
+        labels = v2.functional.pad(labels, padding, fill=self.ignore_index)
+        for _ in range(10):
+            top, left = (int(torch.randint(n - crop + 1, ())) for n, crop in zip(image.shape[-2:], self.size))
+            part = labels[..., top : top + self.size[0], left : left + self.size[1]]
+            counts = part[part != self.ignore_index].unique(return_counts=True)[1]
+            if len(counts) > 1 and counts.max() < self.cat_max_ratio * counts.sum():
+                break
+        box = (top, left, *self.size)
+        return v2.functional.crop(image, *box), v2.functional.crop(labels, *box)
+
+
+class TrainTransform:
+    """Random scale and crop, flip, photometric distortion, normalisation: float [C, H, W] and int64 [H, W]."""
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        ignore_index: int = 255,
+        scale: tuple[float, float] = (0.5, 2.0),
+    ):
+        colour = [v2.RandomPhotometricDistort()] if len(mean) == 3 else []
+        self.augment = v2.Compose([RandomScaleCrop(size, scale, ignore_index), v2.RandomHorizontalFlip(), *colour])
+        self.mean, self.std = (torch.tensor(list(values))[:, None, None] for values in (mean, std))
+
+    def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        image, labels = self.augment(tv_tensors.Image(image), tv_tensors.Mask(labels))
+        image = image.as_subclass(Tensor).float() / 255
+        return (image - self.mean) / self.std, labels.as_subclass(Tensor)

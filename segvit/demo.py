@@ -1,0 +1,65 @@
+"""`segvit demo`: train a small SegViT from nothing on the embedded data set, and show what it learnt."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from segvit.data import Shapes
+from segvit.inference import predict
+from segvit.losses import ATMLoss
+from segvit.metrics import Scores
+from segvit.models import SegViT
+from segvit.training import evaluate, fit
+from segvit.visualize import comparison
+
+SIZE = 96
+
+
+class _Normalised:
+    """uint8 image → what the model takes; half of the samples mirrored."""
+
+    def __init__(self, model: SegViT):
+        self.mean, self.std = model.mean[:, None, None], model.std[:, None, None]
+
+    def __call__(self, image: torch.Tensor, labels: torch.Tensor):
+        if torch.rand(()) < 0.5:
+            image, labels = image.flip(-1), labels.flip(-1)
+        return (image.float() / 255 - self.mean) / self.std, labels
+
+
+def small_model() -> SegViT:
+    """0.9 M parameters, patch 8, 96×96 pixels: trains in a minute on two CPU cores."""
+    return SegViT(
+        "vit_tiny_patch16_224",
+        num_classes=len(Shapes.classes),
+        image_size=SIZE,
+        out_indices=(1, 3, 5),
+        decoder_layers=2,
+        dropout=0.0,
+        drop_path=0.0,
+        class_names=Shapes.classes,
+        backbone_kwargs={"patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3},
+    )
+
+
+def run_demo(out: str | Path = "demo", steps: int = 220, seed: int = 0) -> tuple[Scores, Path]:
+    """Train on shapes that never repeat, evaluate on 200 unseen ones, write the picture and the model to `out`."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = small_model()
+    loss = ATMLoss(model.num_classes, Shapes.ignore_index)
+    data = Shapes(16 * steps, SIZE, seed=seed + 1, transform=_Normalised(model))
+    fit(model, loss, data, steps=steps, batch_size=16, lr=1e-3, decoder_lr=1.0, warmup=steps // 20, clip=5.0, seed=seed)
+    unseen = Shapes(200, SIZE, seed=seed + 2)
+    scores = evaluate(model, unseen)
+    rows = []
+    for i in range(4):
+        image, labels = unseen[i]
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        rows.append((picture, labels.numpy(), predict(model, image)[0].numpy()))
+    path = out / "demo.png"
+    comparison(rows, model.class_names, scale=2).save(path)
+    model.save_pretrained(out / "model")
+    return scores, path

@@ -1,0 +1,124 @@
+"""ATMLoss: classification of the class tokens, focal and dice loss of their masks. No matching: token n is class n."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from segvit.ops import mask_loss
+
+
+class ATMLossOutput(NamedTuple):
+    total: Tensor  # 0-d, what to call backward() on: the sum of all terms
+    ce: Tensor  # [S], weighted, per stage
+    focal: Tensor  # [S]
+    dice: Tensor  # [S]
+
+
+class ATMLoss(nn.Module):
+    """The SegViT loss: Σ over stages of CE·1 + focal·20 + dice·1. (arXiv 2210.05844, section 3.3.)
+
+    CE: the token of a class that occurs in the image should say its class (weight 1, or class_weights), every other
+    token "no object" (weight 0.1); weighted mean. Focal and dice: masks of the occurring classes, at label resolution.
+
+    Args:
+        num_classes: K.
+        ignore_index: label of pixels without a truth.
+        ignored: "masked" leaves ignored pixels out of the mask losses; "negative" counts them as background of every
+            mask, as the official implementation does (for parity with its recipes).
+        ce_weight, focal_weight, dice_weight: factors of the three terms.
+        no_object_weight: CE weight of tokens whose class does not occur.
+        class_weights: K CE weights of tokens whose class occurs; None: 1 each.
+        alpha, gamma: of the focal loss.
+
+    Called with `out` (reads class_logits [S, B, N, K+1], mask_logits [S, B, N, h, w] and, when present, extent) and
+    labels [B, H, W] of any integer dtype. With several processes CE's sum of weights and the number of masks are
+    averaged over them in one all-reduce, so that DDP's mean is the loss of the joint batch. A batch with nothing to
+    learn gives every parameter a gradient all the same. Nothing waits for the host.
+
+    Raises:
+        ValueError: arguments that do not fit.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        ignore_index: int = 255,
+        ignored: str = "masked",
+        ce_weight: float = 1.0,
+        focal_weight: float = 20.0,
+        dice_weight: float = 1.0,
+        no_object_weight: float = 0.1,
+        class_weights: Sequence[float] | Tensor | None = None,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+    ):
+        super().__init__()
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes must be an integer of at least 1, got {num_classes!r}")
+        if ignored not in ("masked", "negative"):
+            raise ValueError(f'ignored must be "masked" or "negative", got {ignored!r}')
+        weights = torch.ones(num_classes) if class_weights is None else torch.as_tensor(class_weights).float()
+        if weights.shape != (num_classes,) or not (weights >= 0).all():
+            raise ValueError(f"class_weights must be {num_classes} numbers of at least 0, got {class_weights!r}")
+        self.num_classes, self.ignore_index, self.ignored = num_classes, ignore_index, ignored
+        self.ce_weight, self.focal_weight, self.dice_weight = ce_weight, focal_weight, dice_weight
+        self.alpha, self.gamma = alpha, gamma
+        self.register_buffer("weights", torch.cat([weights, torch.tensor([no_object_weight])]), persistent=False)
+
+    def forward(self, out, labels: Tensor) -> ATMLossOutput:
+        class_logits, mask_logits = out.class_logits, out.mask_logits
+        self._check(class_logits, mask_logits, labels)
+        present = self._present(labels)
+        target = torch.where(present, torch.arange(self.num_classes, device=labels.device), self.num_classes)
+        weight = self.weights.to(labels.device)[target]  # [B, N]
+        total_weight, num_masks = _average_over_processes(weight.sum(), present.sum()).unbind()
+        num_masks = num_masks.clamp(min=1)
+        class_logits = class_logits if class_logits.dtype == torch.float64 else class_logits.float()
+        log_probs = class_logits.log_softmax(-1)
+        nll = -log_probs.gather(-1, target.expand(len(class_logits), -1, -1)[..., None])[..., 0]  # [S, B, N]
+        ce = self.ce_weight * (nll * weight).sum((1, 2)) / total_weight
+        focal, dice = mask_loss(
+            mask_logits,
+            labels,
+            present,
+            num_masks,
+            self.ignore_index,
+            self.ignored,
+            self.alpha,
+            self.gamma,
+            getattr(out, "extent", None),
+        )
+        focal, dice = self.focal_weight * focal, self.dice_weight * dice
+        return ATMLossOutput((ce + focal + dice).sum(), ce, focal, dice)
+
+    def _check(self, class_logits: Tensor, mask_logits: Tensor, labels: Tensor) -> None:
+        if class_logits.dim() != 4 or class_logits.shape[2:] != (self.num_classes, self.num_classes + 1):
+            expected = f"[S, B, {self.num_classes}, {self.num_classes + 1}]"
+            raise ValueError(f"out.class_logits must be {expected}, got {tuple(class_logits.shape)}")
+        if mask_logits.dim() != 5 or mask_logits.shape[:3] != class_logits.shape[:3]:
+            expected = f"[S, B, N, h, w] with S, B, N = {tuple(class_logits.shape[:3])}"
+            raise ValueError(f"out.mask_logits must be {expected}, got {tuple(mask_logits.shape)}")
+        if labels.dim() != 3 or labels.is_floating_point() or labels.shape[0] != class_logits.shape[1]:
+            got = f"{labels.dtype} {tuple(labels.shape)}"
+            raise ValueError(f"labels must be integers [B, H, W] with B = {class_logits.shape[1]}, got {got}")
+        if labels.device != class_logits.device:
+            raise ValueError(f"labels are on {labels.device}, but the model's output is on {class_logits.device}")
+
+    def _present(self, labels: Tensor) -> Tensor:  # [B, N] bool
+        """Which classes occur in which image; a label that is no class counts as ignored."""
+        index = labels.flatten(1).long()
+        counts = (index >= 0) & (index < self.num_classes) & (index != self.ignore_index)
+        found = torch.zeros(len(index), self.num_classes + 1, dtype=torch.bool, device=labels.device)
+        return found.scatter(1, torch.where(counts, index, self.num_classes), True)[:, :-1]
+
+
+def _average_over_processes(weight_sum: Tensor, num_masks: Tensor) -> Tensor:
+    """[2]: CE's sum of weights and the number of masks, averaged in one all-reduce that the host does not wait for."""
+    sums = torch.stack([weight_sum, num_masks.to(weight_sum.dtype)])
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(sums)
+        sums = sums / dist.get_world_size()
+    return sums

@@ -1,0 +1,196 @@
+"""SegViT: a plain ViT and the ATM decoder behind it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from segvit.models.backbone import Backbone, Features
+from segvit.models.decoder import ATMDecoder, init_decoder
+from segvit.models.shrunk import QueryUpsample
+
+
+class SegViTOutput(NamedTuple):
+    class_logits: Tensor  # [S, B, N, K+1] float32; the last column is "no object"; the last stage is the final one
+    mask_logits: Tensor  # [S, B, N, h, w] float32
+    extent: tuple[float, float]  # rows and columns of the mask grid that the image covers: (H / patch, W / patch)
+
+
+class SegViT(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="segvit",
+    tags=["image-segmentation", "segvit"],
+    license="apache-2.0",
+):
+    """Semantic segmentation with a plain Vision Transformer (SegViT, arXiv 2210.05844).
+
+    Args:
+        backbone: any plain ViT of timm by name, or "hf-hub:ORGANISATION/NAME".
+        num_classes: K; one class token each.
+        image_size: (height, width), or one int, of the stored grids and of the default crop; images may have any size.
+            None: the backbone's own.
+        in_chans: image channels.
+        out_indices: blocks whose tokens the decoder attends to, from 0; None: 5, 7, 11 of 12, else thirds of the depth,
+            with `shrink` the block before down-sampling and the last.
+        decoder_dim: C'; None: half the backbone's width.
+        decoder_heads: None: decoder_dim / 32.
+        decoder_layers: per stage.
+        shrink: None, or "v1": query-based down-sampling and up-sampling, about 40 % fewer multiply-adds.
+        shrink_at: the block that becomes the down-sampling; None: a third of the depth.
+        dropout: of the decoder: attention weights, residuals, FFN.
+        drop_path: stochastic depth of the backbone, rising to this rate at its last block.
+        pretrained: True loads timm's weights of the backbone, a path loads that file (timm's layout).
+        class_names: K names, kept in the configuration for legends and tables.
+        mean, std: per channel, of images scaled to 0…1; None: what the backbone was trained with.
+        activation_checkpointing: recompute the backbone's blocks in backward, for memory.
+        freeze_backbone: train the decoder alone.
+        final_norm: keep the backbone's last norm, on the deepest feature.
+        pos_antialias: interpolate position embeddings as timm does (True) or as the official SegViT does.
+        backbone_kwargs: further arguments of the timm model, such as embed_dim, depth or patch_size.
+
+    Raises:
+        ValueError: an argument that does not fit, named, with what was expected.
+        RuntimeError: weights that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        image_size: int | Sequence[int] | None = None,
+        in_chans: int = 3,
+        out_indices: Sequence[int] | None = None,
+        decoder_dim: int | None = None,
+        decoder_heads: int | None = None,
+        decoder_layers: int = 3,
+        shrink: str | None = None,
+        shrink_at: int | None = None,
+        dropout: float = 0.1,
+        drop_path: float = 0.1,
+        pretrained: bool | str = False,
+        class_names: Sequence[str] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        activation_checkpointing: bool = False,
+        freeze_backbone: bool = False,
+        final_norm: bool = False,
+        pos_antialias: bool = True,
+        backbone_kwargs: dict | None = None,
+    ):
+        super().__init__()
+        _check(num_classes, in_chans, decoder_layers, shrink, dropout, drop_path, class_names)
+        kwargs = dict(backbone_kwargs or {})
+        self.backbone = Backbone(
+            backbone,
+            out_indices,
+            _pair(image_size),
+            in_chans,
+            drop_path,
+            pretrained,
+            shrink is not None,
+            shrink_at,
+            final_norm,
+            pos_antialias,
+            activation_checkpointing,
+            freeze_backbone,
+            **kwargs,
+        )
+        self.num_classes = num_classes
+        self.class_names = list(class_names) if class_names else [f"class {i}" for i in range(num_classes)]
+        width = self.backbone.embed_dim
+        dim = width // 2 if decoder_dim is None else decoder_dim
+        heads = max(dim // 32, 1) if decoder_heads is None else decoder_heads
+        if dim < 1 or heads < 1 or dim % heads:
+            raise ValueError(f"decoder_heads must divide decoder_dim, got {heads} and {dim}")
+        self.upsample = None
+        if shrink:
+            shrink_at = self.backbone.shrink_at
+            if len(self.backbone.out_indices) != 2 or not self.backbone.out_indices[0] < shrink_at:
+                raise ValueError(
+                    f"out_indices must be one block before shrink_at = {shrink_at} and one from it on, "
+                    f"got {list(self.backbone.out_indices)}"
+                )
+            self.upsample = QueryUpsample(width, dim, heads, decoder_layers, self.backbone.grid, dropout)
+            init_decoder(self.upsample)
+        stages = 0 if shrink else len(self.backbone.out_indices)
+        self.decoder = ATMDecoder(width, dim, num_classes, heads, decoder_layers, stages, dropout)
+        init_decoder(self.decoder)
+        self._set_normalisation(mean, std, in_chans)
+        if getattr(self, "_hub_mixin_config", None):  # a saved model brings its own weights
+            self._hub_mixin_config["pretrained"] = False
+
+    def _set_normalisation(self, mean, std, in_chans: int) -> None:
+        config = self.backbone.model.pretrained_cfg or {}
+        for name, given in (("mean", mean), ("std", std)):
+            values = given if given is not None else config.get(name, (0.5,) * 3)
+            if given is None and len(values) != in_chans:
+                values = (0.5,) * in_chans
+            if len(values) != in_chans:
+                raise ValueError(f"{name} must have one value per channel ({in_chans}), got {list(values)}")
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the stored grids and of the default crop."""
+        return self.backbone.image_size
+
+    def features(self, images: Tensor) -> Features:
+        """The backbone's tokens [B, h·w, C] after each of out_indices, and their grids."""
+        return self.backbone(images)
+
+    def forward(self, images: Tensor) -> SegViTOutput:
+        """images [B, C, H, W]: float, normalised with `mean` and `std`; any H and W (padded to the patch size)."""
+        in_chans = len(self.mean)
+        if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != in_chans or 0 in images.shape:
+            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images must be a tensor [B, {in_chans}, H, W], got {got}")
+        if not images.is_floating_point():
+            raise ValueError(f"images must be normalised floats, got {images.dtype}; predict() takes raw images too")
+        features = self.backbone(images)
+        h, w = features.grids[0]
+        tokens = features.tokens
+        if self.upsample is not None:
+            tokens = [self.upsample(tokens, (h, w))]
+        class_logits, mask_logits = self.decoder(tokens)
+        patch = self.backbone.patch_size
+        extent = (images.shape[2] / patch[0], images.shape[3] / patch[1])
+        return SegViTOutput(class_logits, mask_logits.unflatten(-1, (h, w)), extent)
+
+    def parameter_groups(self, lr: float = 2e-5, weight_decay: float = 0.01, decoder_lr: float = 10.0) -> list[dict]:
+        """The paper's groups for AdamW: decoder at decoder_lr × lr, the backbone's norms without weight decay."""
+        norms = {
+            id(p) for m in self.backbone.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)
+        }
+        body = [p for p in self.backbone.parameters() if p.requires_grad]
+        head = [p for name, p in self.named_parameters() if not name.startswith("backbone.") and p.requires_grad]
+        groups = [
+            {"params": [p for p in body if id(p) not in norms], "lr": lr, "weight_decay": weight_decay},
+            {"params": [p for p in body if id(p) in norms], "lr": lr, "weight_decay": 0.0},
+            {"params": head, "lr": lr * decoder_lr, "weight_decay": weight_decay},
+        ]
+        return [group for group in groups if group["params"]]
+
+
+def _check(num_classes, in_chans, decoder_layers, shrink, dropout, drop_path, class_names) -> None:
+    for name, value in (("num_classes", num_classes), ("in_chans", in_chans), ("decoder_layers", decoder_layers)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    if shrink not in (None, "v1"):
+        raise ValueError(f'shrink must be None or "v1" in this version, got {shrink!r}')
+    for name, value in (("dropout", dropout), ("drop_path", drop_path)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(f"class_names must have num_classes = {num_classes} names, got {len(class_names)}")
+
+
+def _pair(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    if image_size is None:
+        return None
+    pair = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
+        raise ValueError(f"image_size must be an int or (height, width), got {image_size!r}")
+    return pair
