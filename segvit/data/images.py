@@ -44,7 +44,7 @@ def read_labels(path: str | Path) -> np.ndarray:
     image = _open(path)
     if image.mode not in ("L", "P", "1", "I", "I;16"):
         raise ValueError(f"{path}: a label image has one channel of class numbers, this one has mode {image.mode}")
-    labels = np.asarray(image)
+    labels = np.array(image)
     return labels if labels.dtype == np.uint8 else labels.astype(np.int32)
 
 

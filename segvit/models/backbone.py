@@ -72,6 +72,8 @@ class Backbone(nn.Module):
         self.model = _create(name, pretrained, in_chans=in_chans, drop_path_rate=drop_path, **sizes, **kwargs)
         depth = len(self.model.blocks)
         self.shrink_at = (depth // 3 if shrink_at is None else shrink_at) if shrink else None
+        if shrink and not 0 < self.shrink_at < depth:
+            raise ValueError(f"shrink_at must be a block number from 1 to {depth - 1}, got {self.shrink_at}")
         if out_indices is None:
             thirds = (5, 7, 11) if depth == 12 else [depth * (i + 1) // 3 - 1 for i in range(3)]
             out_indices = [self.shrink_at - 1, depth - 1] if shrink else thirds
@@ -89,8 +91,6 @@ class Backbone(nn.Module):
         self.image_size: tuple[int, int] = tuple(self.model.patch_embed.img_size)
         self.fixed_size = isinstance(self.model, Beit)  # its position bias is bound to one grid
         if shrink:
-            if not 0 < self.shrink_at < depth:
-                raise ValueError(f"shrink_at must be a block number from 1 to {depth - 1}, got {self.shrink_at}")
             check_block(self.model.blocks[self.shrink_at])
         self._cut(final_norm)
         if frozen:
@@ -226,7 +226,7 @@ def _build(name: str, weights: dict, kwargs: dict) -> nn.Module:
         if not weights["pretrained"]:
             raise
         source = weights.get("pretrained_cfg_overlay", {}).get("file", "its pretrained weights")
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
         raise RuntimeError(f"backbone: {name!r} cannot load {source}: {reason}") from error
     if not isinstance(model, (VisionTransformer, Eva, Beit)):
         raise ValueError(f"backbone: {name!r} is a {type(model).__name__}, no plain ViT")

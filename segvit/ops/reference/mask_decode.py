@@ -19,7 +19,7 @@ def mask_decode(
     prune: float = 0.0,
     extent: tuple[float, float] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # labels [B, H, W] (and confidence [B, H, W]) or scores [B, K, H, W]
-    """score[c] = Σ_n class_probs[n, c]·sigmoid(bilinear(mask_logits[n])); label: its argmax, confidence: its maximum."""
+    """score[c] = Σ_n class_probs[n, c]·sigmoid(bilinear(mask_logits[n])); label: argmax, confidence: maximum."""
     keep = class_probs.amax(-1, keepdim=True) >= prune
     scores = torch.einsum("bnhw,bnk->bkhw", resize(mask_logits, size, extent).sigmoid(), class_probs * keep)
     if output == "scores":

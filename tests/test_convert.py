@@ -1,0 +1,169 @@
+"""Parity with the authors' implementation, on golden outputs of theirs, and on a small case of our own that ships."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import segvit
+from segvit.convert import official_names
+from segvit.models.backbone import resize_pos_embed
+
+CASES = ["A_atm_vit64", "A2_atm_vit64_cls_finalnorm", "C_shrunk128"]
+SMALL = Path(__file__).parent / "data" / "small.safetensors"
+SMALL_CONFIG = {
+    "backbone": {
+        "type": "VisionTransformer",
+        "img_size": [32, 32],
+        "patch_size": 8,
+        "embed_dims": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "out_indices": [0, 1],
+        "with_cls_token": False,
+    },
+    "decode_head": {"type": "ATMHead", "in_channels": 16, "num_classes": 3, "num_layers": 2, "num_heads": 1},
+}
+
+
+def load(case):
+    return segvit.from_official(case.state(), case.info["model_cfg"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_features_and_outputs(golden, name):
+    case = golden(name)
+    model = load(case)
+    with torch.no_grad():
+        features = model.features(case["input/image"])
+        out = model(case["input/image"])
+    for i, (tokens, grid) in enumerate(zip(*features)):
+        want = f"backbone/out{i}"
+        case.check(want, tokens if case[want].dim() == 3 else tokens.mT.unflatten(2, grid))
+    stages = case.info["n_stages"]
+    assert out.class_logits.shape[0] == stages
+    for i in range(stages):
+        case.check(f"head/stage{i}/class_logits", out.class_logits[i])
+        if i < stages - 1:
+            case.check(f"head/stage{i}/mask_lowres", out.mask_logits[i])
+    size = case["input/image"].shape[2:]
+    full = torch.nn.functional.interpolate(out.mask_logits[-1], size, mode="bilinear")
+    case.check("head/pred_masks", full)
+    case.check("head/pred", segvit.predict(model, case["input/image"], output="scores"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_losses_and_all_gradients(golden, name):
+    case = golden(name)
+    model = load(case)
+    image = case["input/image"].requires_grad_()
+    losses = segvit.ATMLoss(model.num_classes, ignored="negative")(model(image), case["input/label"][:, 0])
+    last = len(losses.ce) - 1
+    for i in range(last + 1):
+        suffix = "" if i == last else f"_{i}"
+        case.check(f"loss/decode.loss_ce{suffix}", losses.ce[i])
+        case.check(f"loss/decode.loss_mask{suffix}", losses.focal[i])
+        case.check(f"loss/decode.loss_dice{suffix}", losses.dice[i])
+    case.check("loss/total", losses.total)
+    losses.total.backward()
+    case.check("grad/image", image.grad)
+    parameters, checked = dict(model.named_parameters()), set()
+    for key, want in case.tensors.items():
+        if not key.startswith("grad/param/"):
+            continue
+        for (ours, rows), taken in official_names(
+            key.removeprefix("grad/param/"), want.shape, shrunk=name.startswith("C")
+        ):
+            if ours not in parameters:
+                assert want.abs().max() == 0  # the class token, which takes part in nothing
+                continue
+            grad = parameters[ours].grad
+            grad = grad if rows is None else grad[rows]
+            case.tensors[key] = want[taken] if want.dim() < 3 or grad.shape == want.shape else want[:, 1:]
+            case.check(key, grad)
+            case.tensors[key] = want
+            checked.add(ours)
+    assert checked == set(parameters)
+
+
+@pytest.mark.parametrize("name", ["F_loss", "F3_loss_whole_batch_ignore"])
+def test_golden_loss_alone(golden, name):
+    case = golden(name)
+    logits = [case[f"input/logits{i}"].requires_grad_() for i in range(3)]
+    masks = [case[f"input/masks{i}"].requires_grad_() for i in range(3)]
+    out = segvit.models.SegViTOutput(torch.stack(logits), torch.stack(masks), tuple(masks[0].shape[2:]))
+    losses = segvit.ATMLoss(case.info["constructor"]["num_classes"], ignored="negative")(out, case["input/label"])
+    for i, suffix in enumerate(("_0", "_1", "")):
+        case.check(f"loss/loss_ce{suffix}", losses.ce[i])
+        case.check(f"loss/loss_mask{suffix}", losses.focal[i])
+        case.check(f"loss/loss_dice{suffix}", losses.dice[i])
+    case.check("loss/total", losses.total)
+    losses.total.backward()
+    for i in range(3):
+        case.check(f"grad/logits{i}", logits[i].grad)
+        case.check(f"grad/masks{i}", masks[i].grad)
+
+
+def test_golden_sliding_windows_and_flips(golden):
+    model, case = load(golden("A_atm_vit64")), golden("G_slide_A")
+    image = case["input/image"]
+    options = {"mode": "slide", "crop_size": case.info["crop"], "stride": case.info["stride"]}
+    ours = tuple(case.info["ori_shape"])
+    case.check("slide/preds_imgsize", segvit.predict(model, image, output="scores", **options))
+    case.check("slide/preds_orisize", segvit.predict(model, image, ours, output="scores", **options))
+    single = segvit.predict(model, image, ours, output="probabilities", **options)
+    both = segvit.predict(model, image, ours, output="probabilities", flip=True, **options)
+    case.check("slide/softmax", single)
+    case.check("aug/mean_softmax", both)
+    flipped = segvit.predict(model, image.flip(-1), ours, output="probabilities", **options).flip(-1)
+    case.check("slide/softmax_flip", flipped)
+    for probabilities, name, extra in ((single, "slide/argmax", {}), (both, "aug/argmax", {"flip": True})):
+        top = probabilities[0].topk(2, 0).values
+        clear = top[0] - top[1] > 1e-4
+        for protocol in ("paper", "fused"):
+            labels = segvit.predict(model, image, ours, protocol=protocol, **extra, **options)[0]
+            assert torch.equal(labels.long()[clear], case[name][clear])
+
+
+def test_golden_backbone_alone_interpolates_positions_and_pads(golden):
+    case = golden("H_backbone_pos_interp")
+    backbone = segvit.from_official(case.state(), case.info["model_cfg"])
+    for i in range(3):
+        with torch.no_grad():
+            features = backbone(case[f"input/image{i}"])
+        for j, (tokens, grid) in enumerate(zip(*features)):
+            case.check(f"backbone/img{i}/out{j}", tokens.mT.unflatten(2, grid))
+    for side in (32, 40, 30):
+        case.check(f"pos/resized_24_to_{side}", resize_pos_embed(case["pos/in"], (side, side), (24, 24), 1))
+
+
+def test_the_small_case_that_ships():
+    """Written by tests/make_small.py from a float64 run of this project; float32 must agree."""
+    case = load_file(SMALL)
+    state = {k.removeprefix("state/"): v for k, v in case.items() if k.startswith("state/")}
+    model = segvit.from_official(state, SMALL_CONFIG)
+    out = model(case["image"])
+    losses = segvit.ATMLoss(3)(out, case["labels"])
+    torch.testing.assert_close(out.class_logits, case["class_logits"].float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.mask_logits, case["mask_logits"].float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses.total, case["total"].float(), rtol=1e-4, atol=1e-5)
+    scores = segvit.predict(model, case["image"], (37, 41), output="scores", protocol="paper")
+    torch.testing.assert_close(scores, case["scores"].float(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_fit_is_named():
+    case = load_file(SMALL)
+    state = {k.removeprefix("state/"): v for k, v in case.items() if k.startswith("state/")}
+    load = lambda **change: segvit.from_official(state | change, SMALL_CONFIG)  # noqa: E731
+    with pytest.raises(ValueError, match=r"does not have: decode_head\.gate"):
+        load(**{"decode_head.gate": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"'decode_head.q.weight' is \(4, 8\), the config asks for \(3, 8\)"):
+        load(**{"decode_head.q.weight": torch.zeros(4, 8)})
+    state.pop("decode_head.class_embed.bias")
+    with pytest.raises(ValueError, match=r"does not fill: decoder\.class_embed\.bias"):
+        load()
+    with pytest.raises(ValueError, match="type must be VisionTransformer or vit_shrink"):
+        segvit.from_official(state, {"backbone": {"type": "Swin"}, "decode_head": {}})
+    with pytest.raises(ValueError, match="backbone has no 'img_size'"):
+        segvit.from_official(state, {"type": "VisionTransformer"})
