@@ -47,9 +47,13 @@ def test_fused_labels_go_straight_to_the_callers_size(model):
     with torch.no_grad():
         out = model(images)
     probs = out.class_logits[-1].softmax(-1)[..., :-1]
-    direct = torch.einsum("bnk,bnhw->bkhw", probs, F.interpolate(out.mask_logits[-1], (200, 130), mode="bilinear").sigmoid())
+    direct = torch.einsum(
+        "bnk,bnhw->bkhw", probs, F.interpolate(out.mask_logits[-1], (200, 130), mode="bilinear").sigmoid()
+    )
     assert torch.equal(segvit.predict(model, images, (200, 130)).long(), direct.argmax(1))
-    agree = (segvit.predict(model, images, (200, 130)) == segvit.predict(model, images, (200, 130), protocol="paper")).float()
+    agree = (
+        segvit.predict(model, images, (200, 130)) == segvit.predict(model, images, (200, 130), protocol="paper")
+    ).float()
     assert 0.9 < agree.mean() <= 1
 
 

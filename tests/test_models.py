@@ -343,7 +343,9 @@ def test_the_counter_counts_what_it_should():
     with torch.device("meta"):
         model = tiny(backbone_kwargs=SMALL | {"class_token": False, "global_pool": ""})
     block = 12 * L * C * C + 2 * L * L * C + 2 * 5 * L * C
-    layer = 4 * N * D * D + 2 * N * N * D + 2 * N * D * D + 2 * L * D * D + 2 * N * L * D + 8 * N * D * D + 3 * 5 * N * D
+    layer = (
+        4 * N * D * D + 2 * N * N * D + 2 * N * D * D + 2 * L * D * D + 2 * N * L * D + 8 * N * D * D + 3 * 5 * N * D
+    )
     stage = L * C * D + 5 * L * D + layers * layer + N * D * (N + 1)
     decode = N * H * H * (N + 4)
     assert count_multiply_adds(model) == L * C * 3 * 256 + depth * block + 3 * stage + decode

@@ -1,5 +1,7 @@
 """SegViT: a plain ViT and the ATM decoder behind it."""
 
+import contextlib
+import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -131,6 +133,11 @@ class SegViT(
             if len(values) != in_chans:
                 raise ValueError(f"{name} must have one value per channel ({in_chans}), got {list(values)}")
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
+
+    @classmethod
+    def _from_pretrained(cls, **kwargs) -> "SegViT":
+        with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints, and `segvit … --json` must print JSON alone
+            return super()._from_pretrained(**kwargs)
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -1,0 +1,49 @@
+import numpy as np
+from PIL import Image
+
+from segvit.visualize import colourise, comparison, label_image, overlay, palette
+
+
+def test_colours_differ():
+    for K in (2, 19, 60):
+        assert len({tuple(c) for c in palette(K)}) == K
+    near = np.abs(palette(19)[:, None].astype(int) - palette(19)[None]).sum(-1) + 999 * np.eye(19, dtype=int)
+    assert near.min() > 24
+
+
+def test_colourise_and_label_images(tmp_path):
+    labels = np.array([[0, 1], [2, 255]], np.uint8)
+    colours = colourise(labels, 3)
+    assert (colours[0, 1] == palette(3)[1]).all()
+    assert (colours[1, 1] == 0).all()
+    label_image(labels, 3).save(tmp_path / "a.png")
+    stored = Image.open(tmp_path / "a.png")
+    assert (np.asarray(stored) == labels).all()
+    assert (np.asarray(stored.convert("RGB"))[:1] == colours[:1]).all()
+    many = np.array([[300, 2]], np.int16)
+    label_image(many, 400).save(tmp_path / "b.png")
+    assert np.asarray(Image.open(tmp_path / "b.png")).tolist() == [[300, 2]]
+
+
+def test_overlay_has_the_image_and_a_legend_beside_it():
+    labels = np.zeros((100, 60), np.uint8)
+    labels[50:] = 2
+    picture = overlay(Image.new("RGB", (60, 100), "white"), labels, ["sky", "road", "tree"])
+    assert picture.height == 100
+    assert picture.width > 60
+    array = np.asarray(picture)
+    for n, present in ((0, True), (1, False), (2, True)):
+        assert bool((array[:, 60:] == palette(3)[n]).all(-1).any()) == present
+
+
+def test_comparison_has_a_row_a_sample():
+    rows = [(Image.new("RGB", (20, 10)), np.zeros((10, 20), int), np.full((10, 20), 255))] * 3
+    picture = comparison(rows, ["a"], scale=3)
+    assert picture.width > 3 * 60
+    assert picture.height > 3 * 30
+
+
+def test_a_legend_of_many_classes_stays_inside_a_small_picture():
+    labels = np.arange(150).reshape(10, 15).astype(np.uint8)
+    picture = overlay(Image.new("RGB", (15, 10)), labels, [f"class {i}" for i in range(150)])
+    assert picture.height == 10
