@@ -12,11 +12,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # golden data and images of the developers' workplace; not part of the repository
 
 
+def kernel(test):
+    """Mark a test of a Triton kernel: it runs on a GPU (-m gpu), or interpreted on the CPU (TRITON_INTERPRET=1)."""
+    return pytest.mark.gpu(pytest.mark.interpretable(test))
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
     for item in items:
-        if "gpu" in item.keywords:
+        interpreted = "interpretable" in item.keywords and os.environ.get("TRITON_INTERPRET") == "1"
+        if "gpu" in item.keywords and not interpreted:
             item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
 
 

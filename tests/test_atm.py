@@ -1,5 +1,8 @@
+import os
+
 import pytest
 import torch
+from conftest import kernel
 from torch.library import opcheck
 
 from segvit.ops import atm, reference
@@ -53,9 +56,11 @@ def test_operator_gradcheck_and_opcheck(dropout_p):
     q, k, v, mask = inputs(2, 2, 3, 5, 2)
     seed = torch.tensor([42]) if dropout_p else None
     op = torch.ops.segvit.atm.default
-    assert torch.autograd.gradcheck(lambda *a: op(*a[:3], 2, 0.7, dropout_p, seed, a[3]), (q, k, v, mask))
-    opcheck(op, (q, k, v, 2, 0.7, dropout_p, seed, mask))
-    opcheck(op, (*inputs(2, 2, 3, 5, 2, torch.bfloat16)[:3], 2, 0.7, dropout_p, seed, None))
+    assert torch.autograd.gradcheck(
+        lambda *a: op(*a[:3], 2, 0.7, dropout_p, seed, a[3], "reference")[:2], (q, k, v, mask)
+    )
+    opcheck(op, (q, k, v, 2, 0.7, dropout_p, seed, mask, "reference"))
+    opcheck(op, (*inputs(2, 2, 3, 5, 2, torch.bfloat16)[:3], 2, 0.7, dropout_p, seed, None, "reference"))
 
 
 def test_gradient_flows_through_each_output_alone():
@@ -194,6 +199,82 @@ def test_the_environment_variable_binds_only_operators_that_have_the_backend(mon
     monkeypatch.setenv("SEGVIT_KERNELS", "cuda")
     with pytest.raises(ValueError, match="SEGVIT_KERNELS='cuda' is no backend"):
         atm(q, k, v, 1)
+
+
+# The Triton kernels: `-m gpu` runs these on a GPU, tests/test_interpreter.py under Triton's interpreter on the CPU.
+# Sizes are odd on purpose; heads of 24 are no power of two.
+KERNEL_CASES = [  # B, H, N, L, d, dropout, carry
+    (2, 2, 37, 53, 32, 0.0, True),
+    (1, 2, 70, 130, 16, 0.3, False),
+    (2, 1, 1, 64, 24, 0.0, True),
+    (1, 3, 65, 1, 16, 0.5, True),
+]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LANE = "cpu" if INTERPRETED else "cuda"
+
+
+@kernel
+@pytest.mark.parametrize("case", KERNEL_CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kernel_is_as_exact_as_plain_pytorch_in_the_same_dtype(case, dtype, poisoned):
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies the bit patterns of bf16")
+    B, H, N, L, d, dropout_p, carried = case
+    q, k, v = (torch.randn(B, n, H * d, device=LANE).to(dtype) for n in (N, L, L))
+    carry = torch.randn(B, N, L, device=LANE) if carried else None
+    seed = torch.tensor([2**61 + 12345], device=LANE)
+    upstream = torch.randn(B, N, H * d, device=LANE).to(dtype), torch.randn(B, N, L, device=LANE)
+
+    def run(call, cast):
+        leaves = [None if t is None else cast(t).requires_grad_() for t in (q, k, v, carry)]
+        out, mask = call(*leaves)
+        given = [t for t in leaves if t is not None]
+        grads = torch.autograd.grad([out, mask], given, [upstream[0].to(out.dtype), upstream[1].to(mask.dtype)])
+        return [out.detach(), mask.detach(), *grads]
+
+    scale = d**-0.5
+    plain = lambda q, k, v, c: reference.atm(q, k, v, H, None, dropout_p, c, seed=seed)  # noqa: E731
+    fused = lambda q, k, v, c: torch.ops.segvit.atm(q, k, v, H, scale, dropout_p, seed, c, "triton")[:2]  # noqa: E731
+    want, allowed = run(plain, lambda t: t.double()), run(plain, lambda t: t.clone())
+    got, again = run(fused, lambda t: t.clone()), run(fused, lambda t: t.clone())
+    for g, a, p, w in zip(got, again, allowed, want):
+        assert torch.equal(g, a)  # bitwise the same from run to run
+        error, bound = (g.double() - w).norm(), 2 * (p.double() - w).norm()
+        assert error <= bound + d * torch.finfo(torch.float32).eps * w.norm()  # a float32 sum of d products rounds so
+        assert torch.nn.functional.cosine_similarity(g.double().flatten(), w.flatten(), 0) > 0.999
+
+
+@kernel
+def test_kernel_behind_the_public_function():
+    q, k, v, carry = (t.to(LANE) for t in inputs(2, 2, 5, 9, 16, torch.float32, grad=False))
+    kv = torch.cat([k, v], -1)
+    k, v = kv.chunk(2, -1)  # strided views, as the decoder's one projection gives them
+    for sigmoid in (False, True):
+        got = atm(q.mT.contiguous().mT, k, v, 2, mask_carry=carry, sigmoid=sigmoid, backend="triton")
+        want = atm(q, k, v, 2, mask_carry=carry, sigmoid=sigmoid, backend="reference")
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b)
+    first, second = (atm(q, k, v, 2, dropout_p=0.5, backend="triton")[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    arguments = (q.requires_grad_(), k.contiguous(), v.contiguous(), 2, 0.25, 0.0, None, carry, "triton")
+    opcheck(torch.ops.segvit.atm.default, arguments)
+
+
+@kernel
+def test_kernel_refuses_what_it_cannot_take_with_the_reason():
+    q, k, v = (t.to(LANE) for t in inputs(1, 1, 2, 3, 8, torch.float32, carry=False)[:3])
+    with pytest.raises(RuntimeError, match="heads are 8 wide; the kernels take 16 to 128"):
+        atm(q, k, v, 1, backend="triton")
+    q, k, v = (t.to(LANE) for t in inputs(1, 1, 2, 3, 16, torch.float64, carry=False)[:3])
+    with pytest.raises(RuntimeError, match="the kernels take float32, bfloat16 and float16"):
+        atm(q, k, v, 1, backend="triton")
+
+
+def test_kernel_without_a_gpu_says_so(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q, k, v, _ = inputs(1, 1, 2, 3, 16, torch.float32, carry=False)
+    with pytest.raises(RuntimeError, match="the 'triton' backend cannot run: the tensors are on cpu, not on a GPU"):
+        atm(q, k, v, 1, backend="triton")
 
 
 @pytest.mark.parametrize("name", ["E_attention", "E2_attention_large_logits"])

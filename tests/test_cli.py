@@ -1,4 +1,4 @@
-"""The command, as a person runs it: exit codes, one line for every mistake, nothing but JSON where JSON is asked for."""
+"""The command, as a person runs it: exit codes, one line for every mistake, JSON alone where JSON is asked for."""
 
 import json
 import subprocess

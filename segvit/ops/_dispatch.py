@@ -50,6 +50,17 @@ def _load_native() -> str | None:
 NATIVE_MISSING = _load_native()  # why segvit._C, the C++ library, is not there; None where it is loaded
 
 
+def triton_missing(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on tensors of this device; None where one can."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device.type}, not on a GPU (TRITON_INTERPRET=1 runs kernels on the CPU, slowly)"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return None
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks for on this device; None where autocast is off."""
     kind = device.type

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
-from ._dispatch import autocast_dtype, choose, without_autocast
+from ._dispatch import autocast_dtype, choose, triton_missing, without_autocast
 from ._library import below_autograd, register
 from .reference import atm as reference_atm
 from .reference.atm import atm_backward as reference_backward
@@ -35,7 +35,8 @@ def atm(
         dropout_p: dropout of the attention weights, in [0, 1); the mask is not dropped.
         mask_carry: [B, N, L] float32 (float64 beside float64 inputs), added to the mask logits: earlier stages' masks.
         sigmoid: return sigmoid(mask logits) in place of the logits.
-        backend: "library" (scaled_dot_product_attention and one GEMM), "reference", or None for the best that can run.
+        backend: "library" (scaled_dot_product_attention and one GEMM), "triton", "reference", or None for the best that
+            can run: the library until the kernel has been measured on a GPU.
 
     Returns:
         out [B, N, C] in q's dtype, and the mask logits (or masks) [B, N, L] in float32 (float64 for float64 inputs).
@@ -50,14 +51,27 @@ def atm(
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     # A tensor on the meta device has nothing to compute: one operator call is what a FLOP counter should see.
-    candidates = [("library", "meta tensors" if q.is_meta else None), ("reference", None)]
+    candidates = [
+        ("library", "meta tensors" if q.is_meta else None),
+        ("reference", None),
+        ("triton", _triton_reason(q, num_heads)),
+    ]
     name = choose("atm", backend, candidates)
     with without_autocast(q.device):
         if name == "library":
             return _library(q, k, v, num_heads, scale, dropout_p, mask_carry, sigmoid)
         seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
-        out, mask = torch.ops.segvit.atm(q, k, v, num_heads, scale, dropout_p, seed, mask_carry)
+        out, mask, _ = torch.ops.segvit.atm(q, k, v, num_heads, scale, dropout_p, seed, mask_carry, name)
         return out, mask.sigmoid() if sigmoid else mask
+
+
+def _triton_reason(q: Tensor, num_heads: int) -> str | None:
+    reason = triton_missing(q.device)
+    if reason is None:
+        from segvit.kernels.atm import unsupported
+
+        reason = unsupported(q, num_heads)
+    return reason
 
 
 def _check(q, k, v, num_heads, scale, dropout_p, mask_carry) -> float:
@@ -98,42 +112,65 @@ def _library(q, k, v, num_heads, scale, dropout_p, mask_carry, sigmoid) -> tuple
     return out, mask.sigmoid() if sigmoid else mask
 
 
-def _forward(q, k, v, num_heads, scale, dropout_p, seed, mask_carry):
-    return reference_atm(q, k, v, num_heads, scale, dropout_p, mask_carry, seed=seed)
+def _statistics_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _forward_fake(q, k, v, num_heads, scale, dropout_p, seed, mask_carry):
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[1], k.shape[1]), dtype=dtype)
+def _forward(q, k, v, num_heads, scale, dropout_p, seed, mask_carry, backend):
+    if backend == "triton":
+        from segvit.kernels.atm import forward
+
+        return forward(q, k, v, num_heads, scale, dropout_p, seed, mask_carry)
+    out, mask = reference_atm(q, k, v, num_heads, scale, dropout_p, mask_carry, seed=seed)
+    return out, mask, q.new_zeros((q.shape[0], num_heads, q.shape[1]), dtype=_statistics_dtype(q))
 
 
-def _backward_fake(grad_out, grad_mask, q, k, v, num_heads, scale, dropout_p, seed):
+def _forward_fake(q, k, v, num_heads, scale, dropout_p, seed, mask_carry, backend):
+    B, N, _ = q.shape
+    dtype = _statistics_dtype(q)
+    mask = q.new_empty((B, N, k.shape[1]), dtype=dtype)
+    return q.new_empty(q.shape), mask, q.new_empty((B, num_heads, N), dtype=dtype)
+
+
+def _backward(grad_out, grad_mask, q, k, v, out, lse, num_heads, scale, dropout_p, seed, backend):
+    if backend == "triton":
+        from segvit.kernels.atm import backward
+
+        return backward(grad_out, grad_mask, q, k, v, out, lse, num_heads, scale, dropout_p, seed)
+    return reference_backward(grad_out, grad_mask, q, k, v, num_heads, scale, dropout_p, seed)
+
+
+def _backward_fake(grad_out, grad_mask, q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 class _Autograd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, num_heads, scale, dropout_p, seed, mask_carry):
-        ctx.save_for_backward(q, k, v, seed)
+    def forward(ctx, q, k, v, num_heads, scale, dropout_p, seed, mask_carry, backend):
+        arguments = (q, k, v, num_heads, scale, dropout_p, seed, mask_carry, backend)
+        out, mask, lse = below_autograd(torch.ops.segvit.atm, *arguments)
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(q, k, v, out, lse, seed)
         ctx.arguments = num_heads, scale, dropout_p
-        return below_autograd(torch.ops.segvit.atm, q, k, v, num_heads, scale, dropout_p, seed, mask_carry)
+        ctx.backend = backend
+        return out, mask, lse
 
     @staticmethod
-    def backward(ctx, grad_out, grad_mask):
-        q, k, v, seed = ctx.saved_tensors
-        grads = torch.ops.segvit.atm_backward(grad_out, grad_mask, q, k, v, *ctx.arguments, seed)
-        return *grads, None, None, None, None, grad_mask if ctx.needs_input_grad[7] else None
+    def backward(ctx, grad_out, grad_mask, grad_lse):
+        *saved, seed = ctx.saved_tensors
+        grads = torch.ops.segvit.atm_backward(grad_out, grad_mask, *saved, *ctx.arguments, seed, ctx.backend)
+        return *grads, None, None, None, None, grad_mask if ctx.needs_input_grad[7] else None, None
 
 
 register(
-    "atm_backward(Tensor grad_out, Tensor grad_mask, Tensor q, Tensor k, Tensor v, int num_heads, float scale, "
-    "float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
-    reference_backward,
+    "atm_backward(Tensor grad_out, Tensor grad_mask, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "int num_heads, float scale, float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
     _backward_fake,
 )
 register(
     "atm(Tensor q, Tensor k, Tensor v, int num_heads, float scale, float dropout_p, Tensor? seed, "
-    "Tensor? mask_carry) -> (Tensor, Tensor)",
+    "Tensor? mask_carry, str backend) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     _Autograd,

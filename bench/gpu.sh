@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Everything a GPU session needs, in one call: build for the GPU at hand, its tests, every benchmark.
+#   bench/gpu.sh FOLDER        logs and JSON go to FOLDER
+# Needs torch, Triton and the packages of pyproject.toml in the Python that runs (PYTHON=…, default python3).
+set -uo pipefail
+out=$(mkdir -p "${1:?usage: bench/gpu.sh FOLDER}" && cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+failed=0
+step() { # name, command…: log it, go on after a failure, remember it
+    local name=$1
+    shift
+    printf '\n== %s: %s\n' "$name" "$*"
+    "$@" || { printf '== %s FAILED (exit %s)\n' "$name" "$?"; failed=1; }
+}
+{
+    arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || arch=
+    if [ -n "$arch" ]; then export TORCH_CUDA_ARCH_LIST=$arch; else printf 'no GPU was found; tests will skip\n'; fi
+    step build "$python" -m pip install --quiet --no-build-isolation --no-deps --editable .
+    step environment "$python" -m segvit env
+    SEGVIT_REQUIRE_EXT=1 step tests "$python" -m pytest -q -m gpu
+    for bench in bench/*_kernel.py; do
+        step "$(basename "$bench" .py)" "$python" "$bench" --out "$out"
+    done
+} 2>&1 | tee "$out/gpu.log"
+grep -q ' FAILED (exit ' "$out/gpu.log" && failed=1
+exit "$failed"

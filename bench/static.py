@@ -1,0 +1,121 @@
+"""What the compiler makes of every Triton kernel at its main shapes: registers, spills, shared memory, tensor cores.
+
+Needs Triton and no GPU: kernels are compiled ahead of time and their machine code is read.
+
+    python bench/static.py            # a table
+    python bench/static.py --json     # one list of objects
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from segvit.kernels import atm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b")
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def atm_cases() -> Iterator[tuple[triton.JITFunction, str, dict, dict, dict]]:
+    """(kernel, variant, types of its arguments, compile-time arguments, options) at head width 32."""
+    floats = {"scale", "scale_log2", "mask_scale", "keep_scale"}
+    float32_pointers = {"carry_ptr", "mask_ptr", "lse_ptr", "delta_ptr"}
+    for dtype in (torch.bfloat16, torch.float32):
+        for dropout_p in (0.0, 0.1):
+            constants = atm.constants(dtype, 32, dropout_p)
+            for kernel in (atm.atm_forward, atm.atm_backward_keys, atm.atm_backward_queries):
+                known = dict(constants)
+                tiles, options = atm.config(dtype, kernel.__name__)
+                if kernel is atm.atm_forward:
+                    known |= {"HAS_CARRY": True, "BLOCK_C": tiles["BLOCK_C"]}
+                types = {}
+                for name in kernel.arg_names:
+                    if name in known:
+                        types[name] = "constexpr"
+                    elif name == "seed_ptr":
+                        types[name] = "*i64"
+                    elif name.endswith("_ptr"):
+                        types[name] = "*fp32" if name in float32_pointers else f"*{NAMES[dtype]}"
+                    elif name == "threshold":
+                        types[name] = "i64"
+                    else:
+                        types[name] = "fp32" if name in floats else "i32"
+                variant = f"{NAMES[dtype]}{', dropout' if dropout_p else ''}"
+                yield kernel, variant, types, known, options
+
+
+CASES = {"atm": atm_cases}
+DIVISIBLE = re.compile(r"_ptr$|_stride$|_batch$|^width$")  # arguments that Triton sees divisible by 16 at run time
+
+
+def compiled(kernel: triton.JITFunction, types: dict, known: dict, options: dict, arch: str):
+    """One kernel compiled for one architecture; returns Triton's compiled object."""
+    index = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    divisible = {
+        index[n]: [["tt.divisibility", 16]] for n, t in types.items() if t != "constexpr" and DIVISIBLE.search(n)
+    }
+    source = ASTSource(kernel, types, {index[name]: value for name, value in known.items()}, divisible)
+    return triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[arch], 32), options=options)
+
+
+def resources(cubin: bytes) -> dict:
+    """Registers, spilled bytes, and whether tensor-core instructions occur, read from the machine code."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
+        code = _run(tools / "cuobjdump", "-sass", file.name)
+    # LOCAL:0 alone proves nothing: spills live on the stack, and show as local loads and stores.
+    spilled = int(re.search(r"STACK:(\d+)", usage)[1])
+    if not spilled and re.search(r"\b(LDL|STL)\b", code):
+        spilled = 4 * len(re.findall(r"\b(?:LDL|STL)\b", code))
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spill_bytes": spilled,
+        "tensor_core": bool(TENSOR_CORE.search(code)),
+    }
+
+
+def _run(*command: object) -> str:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
+
+
+def static_table(architectures: tuple[str, ...] = tuple(ARCHITECTURES)) -> list[dict]:
+    """One row a kernel, variant and architecture."""
+    rows = []
+    for op, cases in CASES.items():
+        for kernel, variant, types, known, options in cases():
+            for arch in architectures:
+                binary = compiled(kernel, types, known, options, arch)
+                found = resources(binary.asm["cubin"])
+                shared = {"shared_bytes": binary.metadata.shared}
+                rows.append({"op": op, "kernel": kernel.__name__, "variant": variant, "arch": arch, **found, **shared})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else to stdout")
+    rows = static_table() if parser.parse_args().json else None
+    if rows is not None:
+        json.dump(rows, sys.stdout, indent=1)
+        return
+    import harness
+
+    columns = ["op", "kernel", "variant", "arch", "registers", "spill_bytes", "shared_bytes", "tensor_core"]
+    print(harness.table(static_table(), columns))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What is installed and what importing it costs."""
+
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_is_quick_and_brings_neither_torch_nor_triton():
+    code = (
+        "import sys, time; t = time.perf_counter(); import segvit; print(time.perf_counter() - t, sorted(sys.modules))"
+    )
+    seconds, modules = run(code).split(" ", 1)
+    assert float(seconds) < 3
+    assert "'torch'" not in modules
+    assert "'triton'" not in modules
+
+
+def test_the_operators_import_neither_timm_nor_triton():
+    modules = run("import sys, segvit.ops; print(sorted(m.split('.')[0] for m in sys.modules))")
+    assert "'timm'" not in modules
+    assert "'triton'" not in modules
+
+
+def test_public_names_are_there():
+    code = "import segvit; print([getattr(segvit, n).__name__ if n != '__version__' else n for n in segvit.__all__])"
+    assert "ATMLoss" in run(code)
+    assert (
+        run("import segvit.ops.reference as r, segvit.ops as o; print(sorted(set(o.__all__) - set(r.__all__)))").strip()
+        == "['reference']"
+    )
+
+
+def test_arrows_point_one_way():
+    """ops know no models, models no shell, kernels no dispatch, references no kernels."""
+    forbidden = {
+        "segvit/ops": ("segvit.models", "segvit.losses", "segvit.training", "segvit.cli", "import timm"),
+        "segvit/ops/reference": ("segvit.kernels", "_dispatch"),
+        "segvit/models": ("segvit.cli", "segvit.training", "segvit.inference", "segvit.losses", "segvit.kernels"),
+        "kernels": ("segvit",),
+    }
+    for folder, names in forbidden.items():
+        for path in (ROOT / folder).glob("*.py"):
+            imports = [line for line in path.read_text().splitlines() if line.lstrip().startswith(("import ", "from "))]
+            found = [line for line in imports for name in names if name in line]
+            if folder == "segvit/ops":  # a kernel may be imported inside a function, when it is wanted
+                found = [line for line in found if not line.startswith(" ")]
+            assert not found, f"{path.name}: {found}"
+
+
+@pytest.mark.slow
+def test_the_wheel_is_one_abi3_wheel_with_the_kernels_inside(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        tmp_path,
+        ROOT,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-cp310-abi3-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "segvit/kernels/atm.py" in names
+    assert "segvit/_C.abi3.so" in names
+    assert not [name for name in names if name.startswith(("kernels/", "tests/", "bench/"))]
+    tracked = {str(p.relative_to(ROOT)) for p in (ROOT / "segvit").rglob("*.py")}
+    assert tracked <= set(names)
+
+
+@pytest.mark.slow
+def test_no_compiler_installs_without_the_library_and_a_failing_one_is_an_error(tmp_path):
+    """setup.py's decision alone: what extensions() gives, with and without a compiler."""
+    code = (
+        "import os, sys, setuptools; setuptools.setup = lambda **kw: print(sorted(kw)); "
+        f"sys.argv = ['setup.py']; exec(open({str(ROOT / 'setup.py')!r}).read())"
+    )
+    where = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+    without = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=where, cwd=ROOT)
+    assert "ext_modules" not in without.stdout
+    assert "no C++ compiler was found" in without.stderr
+    required = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=where | {"SEGVIT_REQUIRE_EXT": "1"}, cwd=ROOT
+    )
+    assert required.returncode != 0
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-temp",
+        tmp_path / "t",
+        "--build-lib",
+        tmp_path / "l",
+    ]
+
+    failing = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CXX": str(broken)}, cwd=ROOT)
+    assert failing.returncode != 0

@@ -1,0 +1,32 @@
+"""Machine code of the Triton kernels, compiled ahead of time: nothing spills, and matrix products use tensor cores."""
+
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        import static
+
+        return static.static_table()
+    finally:
+        sys.path.remove(str(ROOT / "bench"))
+
+
+def test_every_kernel_compiles_for_every_architecture(rows):
+    assert {row["arch"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert {row["kernel"] for row in rows} == {"atm_forward", "atm_backward_keys", "atm_backward_queries"}
+
+
+def test_nothing_spills(rows):
+    assert not [row for row in rows if row["spill_bytes"]]
+
+
+def test_half_precision_products_use_tensor_cores(rows):
+    assert not [row for row in rows if row["tensor_core"] != row["variant"].startswith("bf16")]
