@@ -21,7 +21,7 @@ def config(dtype: torch.dtype, kernel: str) -> tuple[dict, dict]:
     exact = dtype == torch.float32
     block = 32 if exact else 64
     tiles = {"BLOCK_N": block, "BLOCK_L": block, "BLOCK_C": block}
-    return tiles, {"num_warps": 8 if exact and kernel == "atm_backward_keys" else 4, "enable_fp_fusion": True}
+    return tiles, {"num_warps": 8 if exact and kernel != "atm_forward" else 4, "enable_fp_fusion": True}
 
 
 @triton.jit

@@ -105,9 +105,8 @@ def test_reads_attributes_only_and_extent_when_present():
 def test_compiles_in_one_graph_and_agrees():
     torch._dynamo.reset()
     loss = segvit.ATMLoss(4).double()
-    compiled = torch.compile(
-        lambda a, b, y: loss(SimpleNamespace(class_logits=a, mask_logits=b), y), fullgraph=True, backend="aot_eager"
-    )
+    output = segvit.models.SegViTOutput
+    compiled = torch.compile(lambda a, b, y: loss(output(a, b, (5.0, 6.0)), y), fullgraph=True, backend="aot_eager")
     out, labels = outputs(), labelled()
     got, want = compiled(out.class_logits, out.mask_logits, labels), loss(out, labels)
     torch.testing.assert_close(got.total, want.total)
