@@ -157,6 +157,9 @@ def _model_arguments(head: Mapping, backbone: Mapping, arguments: dict) -> dict:
 
 def _load(model: SegViT | Backbone, state_dict: Mapping[str, Tensor], shrunk: bool, prefix: str) -> None:
     """Fill our parameters from official ones; everything must be filled, and nothing may be left over."""
+    if not all(isinstance(value, Tensor) for value in state_dict.values()):
+        inside = 'take state_dict["state_dict"]' if "state_dict" in state_dict else "every value must be a tensor"
+        raise ValueError(f"state_dict: this is not the parameters themselves; {inside}")
     targets = dict(model.named_parameters())
     missing, unknown = {name: p.numel() for name, p in targets.items()}, []
     for official, value in state_dict.items():

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from segvit.data.images import read_image, to_tensor
+from segvit.models.segvit import as_pair
 from segvit.ops import mask_decode
 
 OUTPUTS = ("labels", "scores", "probabilities")
@@ -94,34 +95,25 @@ def _check(model, size, mode, crop_size, stride, output, protocol, scales, windo
         raise ValueError(f"scales must be factors above 0, got {scales!r}")
     if not isinstance(window_batch, int) or window_batch < 1:
         raise ValueError(f"window_batch must be an integer of at least 1, got {window_batch!r}")
-    size = _pair("size", size)
+    size = as_pair("size", size)
     if mode == "whole":
         return size, None, None
-    crop = _pair("crop_size", crop_size) or model.image_size
-    stride = _pair("stride", stride) or tuple(max(c * 2 // 3, 1) for c in crop)
+    crop = as_pair("crop_size", crop_size) or model.image_size
+    stride = as_pair("stride", stride) or tuple(max(c * 2 // 3, 1) for c in crop)
     if stride[0] > crop[0] or stride[1] > crop[1]:
         raise ValueError(f"stride must not exceed crop_size, or pixels are skipped; got {stride} and {crop}")
     return size, crop, stride
 
 
-def _pair(name: str, value: int | Sequence[int] | None) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
-        raise ValueError(f"{name} must be an int or (height, width), got {value!r}")
-    return pair
-
-
 def _prepare(model: nn.Module, images) -> tuple[list[Tensor], bool]:
     """Normalised batches [B, C, H, W] on the model's device, and whether it is one batch to return as it is."""
-    mean, std = model.mean[:, None, None], model.std[:, None, None]
-    channels = len(mean)
+    mean, std = model.mean.float()[:, None, None], model.std.float()[:, None, None]
+    channels, dtype = len(mean), next(model.parameters()).dtype
 
     def normalised(raw: Tensor) -> Tensor:
         if raw.shape[-3] != channels:
             raise ValueError(f"images: the model takes {channels} channels, got {raw.shape[-3]}")
-        return (raw.to(mean.device).float() / 255 - mean) / std
+        return ((raw.to(mean.device).float() / 255 - mean) / std).to(dtype)
 
     if isinstance(images, Tensor):
         if images.is_floating_point():

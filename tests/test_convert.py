@@ -163,6 +163,8 @@ def test_what_does_not_fit_is_named():
     state.pop("decode_head.class_embed.bias")
     with pytest.raises(ValueError, match=r"does not fill: decoder\.class_embed\.bias"):
         load()
+    with pytest.raises(ValueError, match=r'take state_dict\["state_dict"\]'):
+        segvit.from_official({"state_dict": state, "meta": {}}, SMALL_CONFIG)
     with pytest.raises(ValueError, match="type must be VisionTransformer or vit_shrink"):
         segvit.from_official(state, {"backbone": {"type": "Swin"}, "decode_head": {}})
     with pytest.raises(ValueError, match="backbone has no 'img_size'"):

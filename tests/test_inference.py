@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -143,6 +145,14 @@ def test_modes_of_all_modules_are_left_as_found(model, training):
     assert torch.equal(first, second)  # no dropout
     assert [m.training for m in model.modules()] == before
     model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_another_precision_takes_raw_images(model, dtype):
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    want = segvit.predict(model, image, output="scores")
+    got = segvit.predict(copy.deepcopy(model).to(dtype), image, output="scores")
+    assert (got - want).abs().max() < 0.2 * (want.amax(1) - want.amin(1)).max()
 
 
 def test_no_gradient_is_kept(model):

@@ -88,7 +88,7 @@ class SegViT(
         self.backbone = Backbone(
             backbone,
             out_indices,
-            _pair(image_size),
+            as_pair("image_size", image_size),
             in_chans,
             drop_path,
             pretrained,
@@ -194,10 +194,11 @@ def _check(num_classes, in_chans, decoder_layers, shrink, dropout, drop_path, cl
         raise ValueError(f"class_names must have num_classes = {num_classes} names, got {len(class_names)}")
 
 
-def _pair(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
-    if image_size is None:
+def as_pair(name: str, value: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """(height, width) of an int or a pair; None stays None. Raises ValueError for anything else."""
+    if value is None:
         return None
-    pair = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
-        raise ValueError(f"image_size must be an int or (height, width), got {image_size!r}")
+        raise ValueError(f"{name} must be an int or (height, width), got {value!r}")
     return pair

@@ -103,12 +103,12 @@ def _library(q, k, v, num_heads, scale, dropout_p, mask_carry, sigmoid) -> tuple
     """The best composition of library calls: fused attention, and the mask as one GEMM (Σ_h Q_h·K_hᵀ = Q·Kᵀ)."""
     qh, kh, vh = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(qh, kh, vh, dropout_p=dropout_p, scale=scale).transpose(1, 2).flatten(2)
-    exact = q.dtype in (torch.float32, torch.float64)
-    if mask_carry is not None and exact:
-        mask = torch.baddbmm(mask_carry, q, k.mT, alpha=scale / num_heads)
-    else:
-        mask = torch.bmm(q, k.mT) * (scale / num_heads) if exact else torch.bmm(q, k.mT).float() * (scale / num_heads)
-        mask = mask if mask_carry is None else mask + mask_carry
+    # alpha is applied before the result is rounded, so that half precision holds the logits and not their H/scale-fold
+    exact = mask_carry is not None and q.dtype in (torch.float32, torch.float64)
+    addend = mask_carry if exact else q.new_zeros(1, 1, 1)
+    mask = torch.baddbmm(addend, q, k.mT, beta=float(exact), alpha=scale / num_heads)
+    mask = mask if mask.dtype == torch.float64 else mask.float()
+    mask = mask if exact or mask_carry is None else mask + mask_carry
     return out, mask.sigmoid() if sigmoid else mask
 
 
