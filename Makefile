@@ -33,4 +33,4 @@ build: $(INSTALLED)
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf build dist *.egg-info demo segvit/*.so
+	rm -rf build dist *.egg-info demo segvit/*.so $(INSTALLED)

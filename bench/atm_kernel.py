@@ -40,6 +40,7 @@ def candidates(H: int, gpu: bool) -> dict:
         "ours (library)": lambda q, k, v: atm(q, k, v, H, backend="library"),
     }
     if gpu:
+        calls["ours (triton)"] = lambda q, k, v: atm(q, k, v, H, backend="triton")
         calls["torch.compile of naive"] = torch.compile(calls["naive eager"], dynamic=False)
     return calls
 

@@ -5,6 +5,8 @@ compute a tile of the mask, which is one GEMM over the full width. Backward is t
 that owns queries, and two library GEMMs for the mask's share. Nothing of size heads × queries × features exists.
 """
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -294,10 +296,11 @@ def atm_backward_queries(
         k = _rows(k_ptr + b * k_batch + h * width, k_stride, o_l, o_d, L, width, EVEN_D)
         v = _rows(v_ptr + b * v_batch + h * width, v_stride, o_l, o_d, L, width, EVEN_D)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
+        p = tl.where(o_l[None, :] < L, p, 0.0)  # past the end the similarity is 0, which may overflow beside this lse
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
             dp = tl.where(_kept(key, o_n[:, None] * L + o_l[None, :], threshold), dp * keep_scale, 0.0)
-        dq += tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, input_precision=PRECISION)  # k is 0 past the end
+        dq += tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, input_precision=PRECISION)
     m_out = (o_n[:, None] < N) & (o_d[None, :] < width)
     p_out = b * N * C + o_n[:, None].to(tl.int64) * C + h * width + o_d[None, :]
     tl.store(dq_ptr + p_out, (dq * scale).to(dq_ptr.dtype.element_ty), mask=m_out)
@@ -306,8 +309,8 @@ def atm_backward_queries(
 def unsupported(q: Tensor, num_heads: int) -> str | None:
     """Why these kernels cannot take the call; None where they can."""
     width = q.shape[-1] // num_heads
-    if not 16 <= width <= 128:
-        return f"heads are {width} wide; the kernels take 16 to 128"
+    if not 16 <= width <= 32:
+        return f"heads are {width} wide; the kernels take 16 to 32 in this version"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels take float32, bfloat16 and float16, not {q.dtype}"
     return None
@@ -325,6 +328,11 @@ def constants(dtype: torch.dtype, width: int, dropout_p: float) -> dict:
         "BLOCK_D": block,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
+
+
+def _on(t: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
 def _dense(*tensors: Tensor) -> list[Tensor]:
@@ -351,13 +359,15 @@ def forward(
     tiles, options = config(q.dtype, "atm_forward")
     tiles_n, tiles_l = triton.cdiv(N, tiles["BLOCK_N"]), triton.cdiv(L, tiles["BLOCK_L"])
     attention = B * num_heads * tiles_n
-    atm_forward[(attention + B * tiles_n * tiles_l,)](
-        q, k, v, mask if carry is None else carry, q if seed is None else seed, out, mask, lse,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        num_heads, N, L, C // num_heads, scale * LOG2_E, scale / num_heads, 1 / (1 - dropout_p), int(dropout_p * 2**32),
-        attention, HAS_CARRY=carry is not None, BLOCK_C=tiles["BLOCK_C"],
-        **constants(q.dtype, C // num_heads, dropout_p), **options,
-    )  # fmt: skip
+    with _on(q):
+        atm_forward[(attention + B * tiles_n * tiles_l,)](
+            q, k, v, mask if carry is None else carry, q if seed is None else seed, out, mask, lse,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            num_heads, N, L, C // num_heads, scale * LOG2_E, scale / num_heads,
+            1 / (1 - dropout_p), int(dropout_p * 2**32), attention,
+            HAS_CARRY=carry is not None, BLOCK_C=tiles["BLOCK_C"],
+            **constants(q.dtype, C // num_heads, dropout_p), **options,
+        )  # fmt: skip
     return out, mask, lse
 
 
@@ -391,6 +401,7 @@ def backward(
         (atm_backward_queries, (dq,), N, known["BLOCK_N"]),
     ):
         _, options = config(q.dtype, kernel.__name__)
-        kernel[(B * num_heads * triton.cdiv(tokens, block),)](*inputs, *outputs, *numbers, **known, **options)
+        with _on(q):
+            kernel[(B * num_heads * triton.cdiv(tokens, block),)](*inputs, *outputs, *numbers, **known, **options)
     share = (grad_mask * (scale / num_heads)).to(q.dtype)
     return torch.baddbmm(dq, share, k), torch.baddbmm(dk, share.mT, q), dv

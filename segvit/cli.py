@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         COMMANDS[arguments.command][2](arguments[arguments.command])
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else _fail(str(stop.code), 1) if stop.code else 0
-    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
+    except (ValueError, RuntimeError, OSError, FloatingPointError, AssertionError) as error:
         if os.environ.get("SEGVIT_TRACEBACK") == "1":
             raise
         return _fail(f"segvit: error: {' '.join(str(error).split())}", 1)
@@ -79,7 +79,9 @@ def _train_arguments(parser: Parser) -> None:
     parser.add_argument("--classes", type=str | None, default=None, help="class names, one a line; DATA/classes.txt")
     parser.add_argument("--out", type=str, default="runs/segvit", help="folder for checkpoints and the log")
     parser.add_argument("--backbone", type=str, default="vit_base_patch16_384.augreg_in21k_ft_in1k", help="a timm ViT")
-    parser.add_argument("--pretrained", type=str, default="true", help="true (from the Hub), false, or a weights file")
+    parser.add_argument(
+        "--pretrained", type=bool | str, default=True, help="true (from the Hub), false, or a weights file"
+    )
     parser.add_argument("--shrink", type=str | None, default=None, help="v1: about 40 %% fewer multiply-adds")
     parser.add_argument("--crop", type=list[int], default=[512, 512], help="training crop [height, width]")
     parser.add_argument("--scale", type=list[float], default=[0.5, 2.0], help="random resizing from, to")
@@ -94,7 +96,7 @@ def _train_arguments(parser: Parser) -> None:
     parser.add_argument("--activation_checkpointing", type=bool, default=False, help="less memory, more time")
     parser.add_argument("--ignore_index", type=int, default=255, help="label of pixels without a truth")
     parser.add_argument("--ignored", type=str, default="masked", help="masked, or negative as the official code has it")
-    parser.add_argument("--precision", type=str, default="no", help="no (float32), bf16 or fp16")
+    parser.add_argument("--precision", type=str | bool, default="no", help="no (float32), bf16 or fp16")
     parser.add_argument("--validate_every", type=int | None, default=None, help="steps; at the end by default")
     parser.add_argument("--workers", type=int, default=0, help="processes that load data")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and augmentation")
@@ -106,8 +108,9 @@ def _train(arguments) -> None:
     options = arguments.as_dict()
     options.pop("config", None)
     result = train_folder(**options)
-    print(f"mIoU {result['miou']:.4f}")
-    print(result["checkpoint"])
+    if result["main_process"]:
+        print(f"mIoU {result['miou']:.4f}")
+        print(result["checkpoint"])
 
 
 def _data_arguments(parser: Parser) -> None:
@@ -120,6 +123,8 @@ def _data_arguments(parser: Parser) -> None:
 
 
 def _prediction_options(arguments) -> dict:
+    if arguments.mode == "whole" and (arguments.crop or arguments.stride):
+        raise ValueError("--crop and --stride go with --mode slide")
     names = {"mode": "mode", "crop": "crop_size", "stride": "stride", "scales": "scales", "flip": "flip"}
     return {ours: arguments[name] for name, ours in names.items()}
 
@@ -130,7 +135,8 @@ def _load(checkpoint: str, device: str):
 
     from segvit.models import SegViT
 
-    if not Path(checkpoint, "config.json").is_file() and (Path(checkpoint).exists() or checkpoint.count("/") != 1):
+    near = Path(checkpoint).exists() or Path(checkpoint).parent.is_dir() or checkpoint.count("/") != 1
+    if not Path(checkpoint, "config.json").is_file() and near:
         raise FileNotFoundError(f"{checkpoint}: no checkpoint there (a folder with config.json and model.safetensors)")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,11 +160,18 @@ def _evaluate(arguments) -> None:
     scores = evaluate(model, data, arguments.ignore_index, **_prediction_options(arguments))
     if arguments.json:
         value = {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc, "images": len(data)}
-        value["iou"] = {n: None if v != v else v for n, v in zip(model.class_names, scores.iou)}
-        print(json.dumps(value, indent=2))
+        value["iou"] = dict(zip(model.class_names, scores.iou))
+        print(json.dumps(_without_nan(value), indent=2))
         return
     print(scores.table(model.class_names))
     print(f"mIoU {scores.miou:.4f}  mAcc {scores.macc:.4f}  aAcc {scores.aacc:.4f}  on {len(data)} images")
+
+
+def _without_nan(value):
+    """NaN is no JSON: null says that there is no number."""
+    if isinstance(value, dict):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    return None if value != value else value
 
 
 def _predict_arguments(parser: Parser) -> None:
@@ -183,16 +196,24 @@ def _predict(arguments) -> None:
         if not inside:
             raise ValueError(f"{given}: no images in this folder ({', '.join(EXTENSIONS)})")
         paths += inside
-    stems = [path.stem for path in paths]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
-    if twice:
-        raise ValueError(f"several images are called {twice[0]}; their predictions would overwrite each other")
-    model = _load(arguments.checkpoint, arguments.device)
     out = Path(arguments.out)
+    written: dict[Path, Path] = {}
+    for path in paths:
+        for target in (out / f"{path.stem}.png", out / f"{path.stem}_overlay.png"):
+            if target in written:
+                raise ValueError(
+                    f"{path} and {written[target]}: their predictions would overwrite each other ({target})"
+                )
+            written[target] = path
+    taken = {target.resolve() for target in written} & {path.resolve() for path in paths}
+    if taken:
+        raise ValueError(f"{min(taken)} is an image to predict, and would be overwritten; choose another --out")
+    options = _prediction_options(arguments)
+    model = _load(arguments.checkpoint, arguments.device)
     out.mkdir(parents=True, exist_ok=True)
     for path in tqdm(paths, desc="predicting", unit="image"):
         image = read_image(path, len(model.mean))
-        labels = predict(model, image, **_prediction_options(arguments))[0].cpu().numpy()
+        labels = predict(model, image, **options)[0].cpu().numpy()
         label_image(labels, model.num_classes).save(out / f"{path.stem}.png")
         overlay(image, labels, model.class_names).save(out / f"{path.stem}_overlay.png")
     print(f"{len(paths)} label maps and overlays in {out}")

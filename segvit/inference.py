@@ -1,7 +1,7 @@
 """Prediction of whole images and of sliding windows, with several scales and flips; and evaluation on a data set."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from segvit.data.images import read_image, to_tensor
 from segvit.models.segvit import as_pair
 from segvit.ops import mask_decode
+from segvit.ops.reference.mask_decode import label_dtype
 
 OUTPUTS = ("labels", "scores", "probabilities")
 Picture = Tensor | np.ndarray | Image.Image | str | Path
@@ -45,7 +46,7 @@ def predict(
         output: "labels", "scores" (a sum over class tokens, may exceed 1) or "probabilities" (softmax of the scores: a
             ranking, no confidence).
         protocol: "fused" decodes labels straight at `size`; "paper" decodes scores at the image's size, resizes them
-            (bilinear) and takes the argmax. Scores, probabilities, and several scales always follow the paper.
+            (bilinear) and takes the argmax. Scores, probabilities, windows and several scales follow the paper.
         scales, flip: resize the image by each factor, also mirror it, and average the probabilities (scores for
             output="scores").
         window_batch: windows that go through the model at once.
@@ -91,7 +92,7 @@ def _check(model, size, mode, crop_size, stride, output, protocol, scales, windo
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    if not scales or not all(s > 0 for s in scales):
+    if not isinstance(scales, Sequence) or not scales or not all(s > 0 for s in scales):
         raise ValueError(f"scales must be factors above 0, got {scales!r}")
     if not isinstance(window_batch, int) or window_batch < 1:
         raise ValueError(f"window_batch must be an integer of at least 1, got {window_batch!r}")
@@ -105,7 +106,7 @@ def _check(model, size, mode, crop_size, stride, output, protocol, scales, windo
     return size, crop, stride
 
 
-def _prepare(model: nn.Module, images) -> tuple[list[Tensor], bool]:
+def _prepare(model: nn.Module, images) -> tuple[Iterable[Tensor], bool]:
     """Normalised batches [B, C, H, W] on the model's device, and whether it is one batch to return as it is."""
     mean, std = model.mean.float()[:, None, None], model.std.float()[:, None, None]
     channels, dtype = len(mean), next(model.parameters()).dtype
@@ -129,17 +130,25 @@ def _prepare(model: nn.Module, images) -> tuple[list[Tensor], bool]:
         return [normalised(_raw(images, channels))[None]], True
     if not isinstance(images, Sequence) or not images:
         raise ValueError(f"images must be a tensor, an array, a picture, a path or a sequence of these, got {images!r}")
-    return [normalised(image if isinstance(image, Tensor) else _raw(image, channels))[None] for image in images], False
+    return (normalised(_raw(image, channels))[None] for image in images), False
 
 
 def _raw(image, channels: int) -> Tensor:
-    return to_tensor(read_image(image, channels) if isinstance(image, (str, Path)) else image, channels)
+    """uint8 [C, H, W] of one picture."""
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.dim() != 3:
+            raise ValueError(
+                f"images: tensors in a sequence must be uint8 [C, H, W], got {image.dtype} {image.dim()}-d"
+            )
+        return image
+    return to_tensor(read_image(image, channels) if isinstance(image, str | Path) else image, channels)
 
 
 def _predict_batch(images, model, size, crop, stride, output, protocol, scales, flip, window_batch) -> Tensor:
     target = size or tuple(images.shape[2:])
     if output == "labels" and protocol == "fused" and crop is None and len(scales) == 1 and not flip and scales[0] == 1:
-        return mask_decode(*_masks(model, images), target, extent=_extent(model, images))
+        masks, probs, extent = _masks(model, images)
+        return mask_decode(masks, probs, target, extent=extent)
     total, variants = 0, [(s, f) for s in scales for f in ((False, True) if flip else (False,))]
     for scale, mirrored in variants:
         x = images if scale == 1 else _resize(images, tuple(max(round(n * scale), 1) for n in images.shape[2:]))
@@ -151,28 +160,24 @@ def _predict_batch(images, model, size, crop, stride, output, protocol, scales, 
         )
     if output != "labels":
         return total / len(variants)
-    return total.argmax(1).to(torch.uint8 if total.shape[1] <= 256 else torch.int16)
+    return total.argmax(1).to(label_dtype(total.shape[1]))
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x if tuple(x.shape[2:]) == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
-def _masks(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mask logits [B, N, h, w] and class probabilities [B, N, K] of the last stage."""
+def _masks(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """Mask logits [B, N, h, w] and class probabilities [B, N, K] of the last stage, and the extent of the images."""
     out = model(images)
-    return out.mask_logits[-1], out.class_logits[-1].softmax(-1)[..., :-1]
-
-
-def _extent(model: nn.Module, images: Tensor) -> tuple[float, float]:
-    patch = model.backbone.patch_size
-    return images.shape[2] / patch[0], images.shape[3] / patch[1]
+    return out.mask_logits[-1], out.class_logits[-1].softmax(-1)[..., :-1], out.extent
 
 
 def _scores(model, images, crop, stride, window_batch) -> Tensor:  # [B, K, H, W]
     """Scores at the images' size, whole or averaged over windows."""
     if crop is None:
-        return mask_decode(*_masks(model, images), tuple(images.shape[2:]), "scores", extent=_extent(model, images))
+        masks, probs, extent = _masks(model, images)
+        return mask_decode(masks, probs, tuple(images.shape[2:]), "scores", extent=extent)
     B, _, H, W = images.shape
     height, width = min(crop[0], H), min(crop[1], W)
     corners = [(top, left) for top in _starts(H, height, stride[0]) for left in _starts(W, width, stride[1])]
@@ -181,10 +186,9 @@ def _scores(model, images, crop, stride, window_batch) -> Tensor:  # [B, K, H, W
     for i in range(0, len(corners), step):
         some = corners[i : i + step]
         windows = torch.cat([images[:, :, top : top + height, left : left + width] for top, left in some])
-        masks, probs = _masks(model, windows)
+        masks, probs, extent = _masks(model, windows)
         if out is None:
             out = masks.new_zeros(B, probs.shape[2], H, W)
-        extent = _extent(model, windows)
         for j, corner in enumerate(some):
             rows = slice(j * B, (j + 1) * B)
             canvas = {"out": out, "counts": counts, "window": corner}

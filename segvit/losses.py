@@ -63,6 +63,8 @@ class ATMLoss(nn.Module):
         weights = torch.ones(num_classes) if class_weights is None else torch.as_tensor(class_weights).float()
         if weights.shape != (num_classes,) or not (weights >= 0).all():
             raise ValueError(f"class_weights must be {num_classes} numbers of at least 0, got {class_weights!r}")
+        if not no_object_weight >= 0:
+            raise ValueError(f"no_object_weight must be at least 0, got {no_object_weight!r}")
         self.num_classes, self.ignore_index, self.ignored = num_classes, ignore_index, ignored
         self.ce_weight, self.focal_weight, self.dice_weight = ce_weight, focal_weight, dice_weight
         self.alpha, self.gamma = alpha, gamma
@@ -74,12 +76,11 @@ class ATMLoss(nn.Module):
         present = self._present(labels)
         target = torch.where(present, torch.arange(self.num_classes, device=labels.device), self.num_classes)
         weight = self.weights.to(labels.device)[target]  # [B, N]
-        total_weight, num_masks = _average_over_processes(weight.sum(), present.sum()).unbind()
-        num_masks = num_masks.clamp(min=1)
+        total_weight, num_masks = _average_over_processes(weight.sum(), present.sum())
         class_logits = class_logits if class_logits.dtype == torch.float64 else class_logits.float()
         log_probs = class_logits.log_softmax(-1)
         nll = -log_probs.gather(-1, target.expand(len(class_logits), -1, -1)[..., None])[..., 0]  # [S, B, N]
-        ce = self.ce_weight * (nll * weight).sum((1, 2)) / total_weight
+        ce = self.ce_weight * (nll * weight).sum((1, 2)) / total_weight.clamp(min=1e-12)
         focal, dice = mask_loss(
             mask_logits,
             labels,
@@ -115,10 +116,14 @@ class ATMLoss(nn.Module):
         return found.scatter(1, torch.where(counts, index, self.num_classes), True)[:, :-1]
 
 
-def _average_over_processes(weight_sum: Tensor, num_masks: Tensor) -> Tensor:
-    """[2]: CE's sum of weights and the number of masks, averaged in one all-reduce that the host does not wait for."""
-    sums = torch.stack([weight_sum, num_masks.to(weight_sum.dtype)])
+def _average_over_processes(weight_sum: Tensor, num_masks: Tensor) -> tuple[Tensor, Tensor]:
+    """CE's sum of weights and the number of masks, averaged in one all-reduce that the host does not wait for.
+
+    The number of masks is at least one over all processes, so that DDP's mean is the joint batch's loss.
+    """
+    sums, processes = torch.stack([weight_sum, num_masks.to(weight_sum.dtype)]), 1
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        processes = dist.get_world_size()
         dist.all_reduce(sums)
-        sums = sums / dist.get_world_size()
-    return sums
+    sums = sums / processes
+    return sums[0], sums[1].clamp(min=1 / processes)

@@ -52,13 +52,17 @@ class ConfusionMatrix:
         predicted: Tensor,  # integers [...]
         truth: Tensor,  # integers, the same shape
     ) -> None:
-        """Add a batch. A truth that is no class is not counted; a prediction that is no class raises ValueError."""
+        """Add a batch. Where the truth is no class nothing is counted; a prediction that is no class raises ValueError
+
+        on the CPU, and is not counted on a GPU, which the host would have to wait for.
+        """
         if predicted.shape != truth.shape:
             raise ValueError(f"predicted {tuple(predicted.shape)} and truth {tuple(truth.shape)} must agree in shape")
         truth, predicted = truth.to(self.counts.device).long(), predicted.to(self.counts.device).long()
         valid = (truth >= 0) & (truth < self.num_classes) & (truth != self.ignore_index)
         if self.counts.device.type == "cpu" and not ((predicted >= 0) & (predicted < self.num_classes)).all():
             raise ValueError(f"predicted has labels outside 0 to {self.num_classes - 1}")
+        valid &= (predicted >= 0) & (predicted < self.num_classes)
         index = torch.where(valid, truth * self.num_classes + predicted, self.num_classes**2)
         counts = torch.zeros(self.num_classes**2 + 1, dtype=torch.int64, device=index.device)
         counts.scatter_add_(0, index.flatten(), torch.ones_like(index).flatten())

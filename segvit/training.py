@@ -48,6 +48,7 @@ def fit(
     workers: int = 0,
     seed: int = 0,
     accelerator=None,
+    log: Path | None = None,
     validate: Callable[[int], Scores] | None = None,
     validate_every: int | None = None,
     description: str = "training",
@@ -61,6 +62,7 @@ def fit(
         workers: processes that load data.
         seed: of the data order and of the workers' augmentation.
         accelerator: an accelerate.Accelerator for device, precision and processes; None: where the model is.
+        log: file that gets every record as one line of JSON when it is made.
         validate: called with the step, every `validate_every` steps and after the last; the bar shows its mIoU.
         description: of the progress bar.
 
@@ -73,7 +75,7 @@ def fit(
     groups = model.parameter_groups(lr, weight_decay, decoder_lr)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, polynomial(steps, warmup, power))
-    loader = _loader(data, batch_size, workers, seed)
+    loader = _loader(data, batch_size, workers, seed, 1 if accelerator is None else accelerator.num_processes)
     network = model
     if accelerator is not None:
         network, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -81,6 +83,9 @@ def fit(
     loss = loss.to(device)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     records, start, miou = [], time.perf_counter(), None
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("")
     quiet = accelerator is not None and not accelerator.is_main_process
     with tqdm(total=steps, desc=description, unit="step", disable=quiet) as bar:
         for step, (images, labels) in enumerate(_endless(loader, steps), 1):
@@ -92,14 +97,18 @@ def fit(
             backward()
             (nn.utils.clip_grad_norm_ if accelerator is None else accelerator.clip_grad_norm_)(parameters, clip)
             optimizer.step()
+            rate = schedule.get_last_lr()[0]
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             bar.update()
             validates = validate is not None and (step == steps or (validate_every and step % validate_every == 0))
             if step % 10 == 0 or step == steps or validates:  # elsewhere nothing waits for the device
-                records.append(_record(step, terms, schedule.get_last_lr()[0], time.perf_counter() - start))
+                records.append(_record(step, terms, rate, time.perf_counter() - start))
             if validates:
-                miou = records[-1]["miou"] = validate(step).miou
+                miou = records[-1]["miou"] = _or_none(validate(step).miou)
+            if log is not None and records and records[-1]["step"] == step:
+                with log.open("a") as file:
+                    file.write(json.dumps(records[-1]) + "\n")
             if step % 10 == 0 or validates:
                 shown = {"loss": f"{records[-1]['loss']:.2f}", "img/s": f"{bar.n * batch_size / bar_seconds(bar):.1f}"}
                 bar.set_postfix(shown | ({} if miou is None else {"mIoU": f"{miou:.3f}"}))
@@ -118,13 +127,19 @@ def _record(step: int, terms, lr: float, seconds: float) -> dict:
     return record
 
 
-def _loader(data: Dataset, batch_size: int, workers: int, seed: int) -> DataLoader:
+def _or_none(value: float) -> float | None:
+    """NaN is no JSON."""
+    return None if value != value else value
+
+
+def _loader(data: Dataset, batch_size: int, workers: int, seed: int, processes: int) -> DataLoader:
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(
         data,
         batch_size,
         shuffle=True,
-        drop_last=len(data) >= batch_size,
+        drop_last=len(data)
+        >= batch_size * processes,  # else the last batch is the only one, or not every process gets it
         num_workers=workers,
         generator=generator,
         persistent_workers=workers > 0,
@@ -136,6 +151,8 @@ def _endless(loader: DataLoader, steps: int) -> Iterator:
     """`steps` batches, over as many epochs as that takes."""
     step = 0
     while step < steps:
+        if len(loader) == 0:
+            raise ValueError("the data set is smaller than one batch for every process; lower the batch size")
         for batch in loader:
             yield batch
             step += 1
@@ -165,10 +182,10 @@ def save_checkpoint(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -204,7 +221,7 @@ def train_folder(
     Writes OUT/best, OUT/last (safetensors + config.json) and OUT/log.jsonl (one record a line).
 
     Returns:
-        miou of the best validation, checkpoint (its folder), records (see fit).
+        miou of the best validation, checkpoint (its folder), records (see fit), main_process.
 
     Raises:
         RuntimeError: Accelerate is not installed.
@@ -215,6 +232,8 @@ def train_folder(
         from accelerate.utils import set_seed
     except ImportError as error:
         raise RuntimeError("training needs Accelerate: pip install 'segvit[train]'") from error
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
     if len(crop) != 2 or min(crop) < 1 or len(scale) != 2 or not 0 < scale[0] <= scale[1]:
         raise ValueError(f"crop must be [height, width] and scale [from, to], got {list(crop)} and {list(scale)}")
     set_seed(seed)
@@ -232,16 +251,24 @@ def train_folder(
         activation_checkpointing=activation_checkpointing,
         freeze_backbone=freeze_backbone,
     )
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision={"False": "no"}.get(str(precision), precision))  # YAML reads no as false
     folders["train"].transform = TrainTransform(crop, model.mean.tolist(), model.std.tolist(), ignore_index, scale)
     folder, best = Path(out), {"miou": -1.0}
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder}: cannot write there")
+    for i in tqdm(
+        range(len(folders["val"])), desc="checking val", disable=not accelerator.is_main_process, leave=False
+    ):
+        folders["val"][i]  # a label that is no class should stop the run now, and not after hours
 
     def validate(step: int) -> Scores:
-        scores = evaluate(model, folders["val"], ignore_index, progress=accelerator.is_main_process)
         if accelerator.is_main_process:
             save_checkpoint(model, folder / "last")
-            if not scores.miou <= best["miou"]:
-                best.update(miou=scores.miou, checkpoint=str(folder / "best"))
+        scores = evaluate(model, folders["val"], ignore_index, progress=accelerator.is_main_process)
+        if best["miou"] < 0 or scores.miou > best["miou"]:
+            best.update(miou=scores.miou if scores.miou == scores.miou else 0.0, checkpoint=str(folder / "best"))
+            if accelerator.is_main_process:
                 save_checkpoint(model, folder / "best")
         accelerator.wait_for_everyone()
         return scores
@@ -259,9 +286,8 @@ def train_folder(
         workers=workers,
         seed=seed,
         accelerator=accelerator,
+        log=folder / "log.jsonl" if accelerator.is_main_process else None,
         validate=validate,
         validate_every=validate_every,
     )
-    if accelerator.is_main_process:
-        (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return best | {"records": records}
+    return best | {"records": records, "main_process": accelerator.is_main_process}

@@ -31,7 +31,7 @@ def label_image(labels: np.ndarray, num_classes: int) -> Image.Image:
     if num_classes > 256:
         return Image.fromarray(labels.astype(np.uint16))
     image = Image.fromarray(labels.astype(np.uint8), "P")
-    image.putpalette(np.vstack([palette(num_classes), [VOID] * (256 - num_classes)]).astype(np.uint8).tobytes())
+    image.putpalette(np.vstack([palette(num_classes), np.zeros((256 - num_classes, 3), np.uint8)]).tobytes())
     return image
 
 

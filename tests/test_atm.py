@@ -192,6 +192,26 @@ def test_a_forced_backend_that_cannot_run_says_why():
         atm(q, k, v, 1, backend="native")
 
 
+def test_a_reason_is_asked_for_only_when_it_matters():
+    from segvit.ops._dispatch import choose
+
+    def never():
+        raise AssertionError("asked")
+
+    assert choose("op", None, [("library", None), ("triton", never)]) == "library"
+    assert choose("op", None, [("triton", lambda: "no GPU"), ("library", None)]) == "library"
+    with pytest.raises(RuntimeError, match="op: the 'triton' backend cannot run: no GPU"):
+        choose("op", "triton", [("library", None), ("triton", lambda: "no GPU")])
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    q, k, v, _ = inputs(1, 1, 2, 3, 4)
+    out, _ = torch.ops.segvit.atm(q, k, v, 1, 0.5, 0.0, None, None, "reference")[:2]
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_the_environment_variable_binds_only_operators_that_have_the_backend(monkeypatch):
     q, k, v, _ = inputs(1, 1, 2, 3, 4, torch.float32, carry=False)
     monkeypatch.setenv("SEGVIT_KERNELS", "native")
@@ -261,9 +281,27 @@ def test_kernel_behind_the_public_function():
 
 
 @kernel
+@pytest.mark.parametrize(("dtype", "shift"), [(torch.float16, 30.0), (torch.float32, 150.0)])
+def test_kernel_survives_queries_unlike_every_feature(dtype, shift):
+    """Tokens of absent classes: all similarities far below zero, and a feature tile that is not full."""
+    q, k, v, _ = (
+        t if t is None else t.to(LANE) for t in inputs(1, 1, 3, 37, 16, torch.float32, carry=False, grad=False)
+    )
+    q[..., 0], k[..., 0] = shift, -4.0
+    leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+    out, mask = atm(*leaves, 1, backend="triton")
+    assert mask.max() < -shift / 2
+    grads = torch.autograd.grad(out.sum() + mask.sum(), leaves)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    want = torch.autograd.grad([t.sum() for t in atm(*exact, 1, backend="reference")], exact)
+    for g, w in zip(grads, want):
+        torch.testing.assert_close(g.double(), w, rtol=2e-2, atol=2e-2 * w.abs().max().item())
+
+
+@kernel
 def test_kernel_refuses_what_it_cannot_take_with_the_reason():
     q, k, v = (t.to(LANE) for t in inputs(1, 1, 2, 3, 8, torch.float32, carry=False)[:3])
-    with pytest.raises(RuntimeError, match="heads are 8 wide; the kernels take 16 to 128"):
+    with pytest.raises(RuntimeError, match="heads are 8 wide; the kernels take 16 to 32"):
         atm(q, k, v, 1, backend="triton")
     q, k, v = (t.to(LANE) for t in inputs(1, 1, 2, 3, 16, torch.float64, carry=False)[:3])
     with pytest.raises(RuntimeError, match="the kernels take float32, bfloat16 and float16"):

@@ -1,6 +1,7 @@
 """The command, as a person runs it: exit codes, one line for every mistake, JSON alone where JSON is asked for."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -23,11 +24,25 @@ def checkpoint(shapes_folder, tmp_path_factory):  # noqa: F811
 
 def test_train_prints_miou_and_the_checkpoint(shapes_folder, tmp_path, capsys):  # noqa: F811
     config = tmp_path / "config.yaml"
-    config.write_text(f"data: {shapes_folder}\nsteps: 50\nlr: 0.001\nout: {tmp_path / 'run'}\n")
-    assert main(["train", "--config", str(config), *TINY, "--steps", "2"]) == 0
+    config.write_text(
+        f"data: {shapes_folder}\nsteps: 50\nlr: 0.001\nout: {tmp_path / 'run'}\nprecision: no\npretrained: false\n"
+    )
+    rest = [a for a in TINY if a not in ("--pretrained", "false")]
+    assert main(["train", "--config", str(config), *rest, "--steps", "2"]) == 0
     miou, path = capsys.readouterr().out.strip().splitlines()
     assert miou.startswith("mIoU 0.")
     assert path == str(tmp_path / "run" / "best")
+
+
+def test_two_processes_train_together(shapes_folder, tmp_path):  # noqa: F811
+    launch = ["torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "segvit"]
+    arguments = ["train", str(shapes_folder), *TINY, "--steps", "4", "--out", str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", *launch, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("mIoU 0.") == 1
+    assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
 
 
 def test_evaluate(checkpoint, shapes_folder, capsys):  # noqa: F811
@@ -94,11 +109,20 @@ def test_every_command_has_help_with_an_example(command, capsys):
         (["predict", "CHECKPOINT", "DATA"], 1, "no images in this folder"),
         (["predict", "CHECKPOINT", "DATA/classes.txt"], 1, "not a readable image"),
         (["predict", "CHECKPOINT", "DATA/val/images", "DATA/train/images"], 1, "would overwrite each other"),
+        (
+            ["predict", "CHECKPOINT", "DATA/val/images", "--crop", "[32,32]"],
+            1,
+            "--crop and --stride go with --mode slide",
+        ),
+        (["predict", "runs/typo", "DATA/val/images"], 1, "runs/typo: no checkpoint there"),
+        (["predict", "CHECKPOINT", "DATA/val/labels", "--out", "DATA/val/labels"], 1, "would be overwritten"),
+        (["train", "DATA", *TINY, "--steps", "0"], 1, "steps and batch_size must be at least 1"),
         (["predict", "CHECKPOINT", "DATA/val/images", "--mode", "tiles"], 1, "mode must be one of whole, slide"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, code, message, checkpoint, shapes_folder, tmp_path, monkeypatch, capfd):  # noqa: F811
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
     places = {"DATA": str(shapes_folder), "CHECKPOINT": str(checkpoint)}
     for word, place in places.items():
         arguments = [place + a[len(word) :] if a == word or a.startswith(word + "/") else a for a in arguments]

@@ -84,6 +84,14 @@ def test_any_integer_labels_and_any_ignore_index(dtype):
         torch.testing.assert_close(segvit.ATMLoss(4, ignore_index=-100).double()(out, other).total, want)
 
 
+def test_weights_of_zero_give_no_nan():
+    out = outputs()
+    nothing = torch.full((3, 20, 24), 255)
+    assert segvit.ATMLoss(4, no_object_weight=0).double()(out, nothing).total == 0
+    only = torch.zeros(3, 20, 24, dtype=torch.long)
+    assert segvit.ATMLoss(4, class_weights=[0, 1, 1, 1], no_object_weight=0).double()(out, only).total.isfinite()
+
+
 def test_one_class_and_one_stage():
     out = outputs(S=1, K=1)
     losses = segvit.ATMLoss(1).double()(out, torch.zeros(3, 9, 9, dtype=torch.long))
@@ -136,13 +144,13 @@ def _rank(rank: int, port: int, class_logits, mask_logits, labels, results) -> N
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("all_ignored", [False, True])
-def test_two_processes_average_to_the_loss_of_the_joint_batch(all_ignored):
+@pytest.mark.parametrize("labelled_images", [4, 2, 1, 0])
+def test_two_processes_average_to_the_loss_of_the_joint_batch(labelled_images):
     """DDP averages gradients: half the sum of the ranks' gradients must be the joint batch's gradient."""
     out = outputs(B=4)
     labels = torch.randint(0, 3, (4, 20, 24))
     labels[0] = 0  # ranks with unequal numbers of classes
-    labels[2:] = 255 if all_ignored else labels[2:]
+    labels[labelled_images:] = 255
     joint = segvit.ATMLoss(4).double()(out, labels).total
     joint.backward()
     with mp.Manager() as manager:
@@ -161,6 +169,7 @@ def test_two_processes_average_to_the_loss_of_the_joint_batch(all_ignored):
         ({"num_classes": 0}, {}, "num_classes must be an integer of at least 1"),
         ({"ignored": "zero"}, {}, 'ignored must be "masked" or "negative"'),
         ({"class_weights": [1.0]}, {}, "class_weights must be 4 numbers"),
+        ({"no_object_weight": -0.1}, {}, "no_object_weight must be at least 0"),
         ({}, {"labels": torch.zeros(3, 20, 24)}, r"labels must be integers \[B, H, W\] with B = 3, got torch.float32"),
         ({}, {"labels": torch.zeros(2, 20, 24, dtype=torch.long)}, "labels must be integers"),
         ({}, {"labels": torch.zeros(3, 1, 20, 24, dtype=torch.long)}, "labels must be integers"),

@@ -70,6 +70,12 @@ def test_pruning_stays_within_its_bound(backend):
 
 
 @pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_pruning_every_query_gives_zero_scores(backend):
+    logits, probs = inputs((1, 3, 2, 2), 3)
+    assert mask_decode(logits, probs, (5, 4), "scores", prune=1.1, backend=backend).abs().max() == 0
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
 def test_accumulates_windows_in_place(backend):
     logits, probs = inputs((2, 4, 5, 5), 3, torch.float32)
     out, counts = torch.ones(2, 3, 30, 40), torch.zeros(30, 40, dtype=torch.int32)
@@ -118,6 +124,7 @@ def test_autocast_does_not_lower_the_precision():
     [
         (dict(mask_logits=torch.zeros(2, 3, 4)), r"mask_logits must be \[B, N, h, w\]"),
         (dict(class_probs=torch.zeros(2, 4, 3)), "must agree in B and N"),
+        (dict(class_probs=torch.zeros(2, 3, 5, dtype=torch.float64)), "float64 goes with float64"),
         (dict(class_probs=torch.zeros(2, 3, 0)), "no dimension may be zero"),
         (dict(size=(0, 4)), r"size must be \(height, width\)"),
         (dict(size=4.5), "size must be"),

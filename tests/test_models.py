@@ -156,6 +156,14 @@ def test_stage_masks_are_cumulative_and_shrunk_ones_are_not():
             torch.testing.assert_close(masks[i] - (masks[i - 1] if i else 0), own)
 
 
+def test_the_stored_size_is_rounded_up_to_the_patches():
+    for backbone in ("vit_tiny_patch16_224", "beitv2_base_patch16_224"):
+        model = tiny(backbone=backbone, image_size=(100, 8))
+        assert model.image_size == (112, 16)
+        assert model(torch.randn(1, 3, 100, 8)).extent == (6.25, 0.5)
+        assert segvit.predict(model, torch.randn(1, 3, 100, 8)).shape == (1, 100, 8)
+
+
 def test_activation_checkpointing_gives_the_same_gradients():
     plain, saving = tiny(), tiny(activation_checkpointing=True)
     saving.load_state_dict(plain.state_dict())
@@ -254,10 +262,14 @@ def test_the_whole_model_compiles_in_one_graph():
         total.backward()
 
 
-def test_autocast_gives_float32_outputs():
-    model = tiny()
+@pytest.mark.parametrize("shrink", [None, "v1"])
+def test_autocast_trains_and_gives_float32_outputs(shrink):
+    """Backward inside the autocast region too: some loops have it there."""
+    model = tiny(shrink=shrink)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(torch.randn(1, 3, 64, 64))
+        segvit.ATMLoss(5)(out, torch.randint(0, 5, (1, 64, 64))).total.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
     assert out.class_logits.dtype == out.mask_logits.dtype == torch.float32
 
 
@@ -279,6 +291,7 @@ def test_autocast_gives_float32_outputs():
         ({"mean": [0.5]}, r"mean must have one value per channel \(3\)"),
         ({"pretrained": "nowhere.safetensors"}, "there is no file 'nowhere.safetensors'"),
         ({"backbone_kwargs": {"wings": 2}}, "cannot be built with"),
+        ({"backbone": "deit3_small_patch16_224", "pos_antialias": False}, "has positions of another kind"),
     ],
 )
 def test_bad_arguments_get_one_clear_error(change, message):
@@ -356,6 +369,7 @@ def test_create_model_by_name():
         "segvit_base_ade20k_512", num_classes=4, image_size=64, out_indices=[1, 2, 3], backbone_kwargs=SMALL
     )
     assert model.num_classes == 4
+    assert model.backbone.model.cls_token is None
     with pytest.raises(ValueError, match="there is no model 'segvit_base_ade20k'; near: segvit_base_ade20k_512"):
         segvit.create_model("segvit_base_ade20k")
 

@@ -20,6 +20,7 @@ def test_colourise_and_label_images(tmp_path):
     stored = Image.open(tmp_path / "a.png")
     assert (np.asarray(stored) == labels).all()
     assert (np.asarray(stored.convert("RGB"))[:1] == colours[:1]).all()
+    assert label_image(labels, 256).getpalette()[:3] == palette(256)[0].tolist()
     many = np.array([[300, 2]], np.int16)
     label_image(many, 400).save(tmp_path / "b.png")
     assert np.asarray(Image.open(tmp_path / "b.png")).tolist() == [[300, 2]]

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from segvit.data.images import EXTENSIONS, read_image, read_labels, to_tensor
 
 LABEL_FOLDERS = ("labels", "masks", "annotations")
+LABEL_EXTENSIONS = tuple(ending for ending in EXTENSIONS if ending not in (".jpg", ".jpeg"))  # JPEG changes numbers
 
 
 def read_classes(path: str | Path) -> list[str]:
@@ -20,12 +21,13 @@ def read_classes(path: str | Path) -> list[str]:
         ValueError: no names, or one that occurs twice.
     """
     try:
-        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; it should name one class a line") from None
-    names = [name for name in names if name]
-    if not names:
+    if not any(names):
         raise ValueError(f"{path}: no class names; write one a line")
+    if "" in names:
+        raise ValueError(f"{path}: line {names.index('') + 1} is empty; line i names class i")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{path}: names that occur twice: {', '.join(twice)}")
@@ -59,6 +61,9 @@ class SegmentationFolder(Dataset):
     ):
         self.root, self.classes, self.ignore_index = Path(root), list(classes), ignore_index
         self.transform, self.channels = transform, channels
+        if 0 <= ignore_index < len(self.classes):
+            name = self.classes[ignore_index]
+            raise ValueError(f"ignore_index {ignore_index} is the number of the class {name!r}; choose another")
         folder = self.root / "images"
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; a data set has images/ and labels/")
@@ -68,12 +73,15 @@ class SegmentationFolder(Dataset):
         self.images = sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
         if not self.images:
             raise ValueError(f"{folder}: no images ({', '.join(EXTENSIONS)})")
-        by_stem = {path.stem: path for path in labels.iterdir() if path.suffix.lower() in EXTENSIONS}
+        stems = [path.stem for path in self.images]
+        twice = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(set(stems)) < len(stems) else []
+        if twice:
+            raise ValueError(f"{folder}: several images are called {twice[0]}; which one does the label map belong to?")
+        by_stem = {path.stem: path for path in labels.iterdir() if path.suffix.lower() in LABEL_EXTENSIONS}
         missing = [path.name for path in self.images if path.stem not in by_stem]
         if missing:
-            raise FileNotFoundError(
-                f"{labels}: {len(missing)} of {len(self.images)} images have no label map, first {missing[0]}"
-            )
+            kinds = f"{len(missing)} of {len(self.images)} images have no label map ({', '.join(LABEL_EXTENSIONS)})"
+            raise FileNotFoundError(f"{labels}: {kinds}, first {missing[0]}")
         self.labels = [by_stem[path.stem] for path in self.images]
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ def _open(path: str | Path) -> Image.Image:
         image.load()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
     return image
 
@@ -31,7 +31,10 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
     """
     if channels not in MODES:
         raise ValueError(f"{path}: image files give 1 or 3 channels, the model takes {channels}; pass tensors")
-    return ImageOps.exif_transpose(_open(path)).convert(MODES[channels])
+    image = _open(path)
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"{path}: the image has mode {image.mode}, 16 or 32 bits a pixel; convert it to 8 bits first")
+    return ImageOps.exif_transpose(image).convert(MODES[channels])
 
 
 def read_labels(path: str | Path) -> np.ndarray:

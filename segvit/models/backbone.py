@@ -34,7 +34,7 @@ class Backbone(nn.Module):
         name: a timm model name ("vit_base_patch16_384.augreg_in21k_ft_in1k"), or "hf-hub:ORGANISATION/NAME".
         out_indices: blocks whose tokens are returned, from 0; None: 5, 7, 11 of 12, else thirds of the depth; with
             `shrink` the block before down-sampling and the last.
-        image_size: (height, width) of the stored position embeddings; None: the model's own.
+        image_size: (height, width) of the stored positions, rounded up to the patch size; None: the model's own.
         in_chans: image channels.
         drop_path: stochastic depth, rising linearly to this rate over the blocks.
         pretrained: True loads timm's weights for `name`, a path loads that file (timm's layout, safetensors or .pth).
@@ -68,7 +68,10 @@ class Backbone(nn.Module):
         **kwargs,
     ):
         super().__init__()
-        sizes = {} if image_size is None else {"img_size": tuple(image_size)}
+        sizes = {}
+        if image_size is not None:  # a size that the patches do not divide is padded, so the stored grid is rounded up
+            patch = _patch_size(name, kwargs)
+            sizes = {"img_size": tuple(-(-size // side) * side for size, side in zip(image_size, patch))}
         self.model = _create(name, pretrained, in_chans=in_chans, drop_path_rate=drop_path, **sizes, **kwargs)
         depth = len(self.model.blocks)
         self.shrink_at = (depth // 3 if shrink_at is None else shrink_at) if shrink else None
@@ -90,6 +93,11 @@ class Backbone(nn.Module):
         self.patch_size: tuple[int, int] = tuple(self.model.patch_embed.patch_size)
         self.image_size: tuple[int, int] = tuple(self.model.patch_embed.img_size)
         self.fixed_size = isinstance(self.model, Beit)  # its position bias is bound to one grid
+        plain = (
+            isinstance(self.model, VisionTransformer) and not self.model.no_embed_class and self.model.reg_token is None
+        )
+        if not pos_antialias and not plain:
+            raise ValueError(f"pos_antialias=False is the official ViT's way; {name!r} has positions of another kind")
         if shrink:
             check_block(self.model.blocks[self.shrink_at])
         self._cut(final_norm)
@@ -213,6 +221,12 @@ def _create(name: str, pretrained: bool | str, **kwargs) -> nn.Module:
     if weights["pretrained"] and kwargs.get("class_token") is False:
         return _without_class_token(name, weights, kwargs)
     return _build(name, weights, kwargs)
+
+
+def _patch_size(name: str, kwargs: dict) -> tuple[int, int]:
+    """(height, width) of the patches, known before the backbone is built at its size."""
+    with torch.device("meta"):
+        return tuple(_create(name, False, **kwargs).patch_embed.patch_size)
 
 
 def _build(name: str, weights: dict, kwargs: dict) -> nn.Module:

@@ -118,4 +118,6 @@ def create_model(name: str, **overrides) -> SegViT:
         near = difflib.get_close_matches(str(name), infos, n=3, cutoff=0.3)
         raise ValueError(f"there is no model {name!r}; near: {', '.join(near or infos)}; see segvit.list_models()")
     arguments = infos[name].arguments | overrides
+    kwargs = (infos[name].arguments.get("backbone_kwargs") or {}) | (overrides.get("backbone_kwargs") or {})
+    arguments["backbone_kwargs"] = kwargs
     return SegViT(**arguments)

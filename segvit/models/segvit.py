@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -198,7 +199,7 @@ def as_pair(name: str, value: int | Sequence[int] | None) -> tuple[int, int] | N
     """(height, width) of an int or a pair; None stays None. Raises ValueError for anything else."""
     if value is None:
         return None
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
+    pair = tuple(value) if isinstance(value, Sequence | torch.Size) else (value, value)
+    if len(pair) != 2 or not all(isinstance(v, Integral) and v > 0 for v in pair):
         raise ValueError(f"{name} must be an int or (height, width), got {value!r}")
-    return pair
+    return int(pair[0]), int(pair[1])

@@ -7,17 +7,18 @@ operators that have it; the keyword `backend=` forces one on a single call. What
 import contextlib
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 KNOWN = ("auto", "reference", "triton", "native", "library", "tiled")
 
 
-def choose(op: str, backend: str | None, candidates: Sequence[tuple[str, str | None]]) -> str:
+def choose(op: str, backend: str | None, candidates: Sequence[tuple[str, str | Callable | None]]) -> str:
     """Name of the backend that serves this call.
 
-    candidates: (name, reason) in order of preference; reason is None where the backend can run, else says why not.
+    candidates: (name, reason) in order of preference; reason is None where the backend can run, else says why not. A
+    reason that is a function is asked for only when it matters: then nothing is imported or traced for nothing.
     Raises ValueError for an unknown name, RuntimeError for a forced backend that cannot run.
     """
     offered = dict(candidates)
@@ -26,12 +27,17 @@ def choose(op: str, backend: str | None, candidates: Sequence[tuple[str, str | N
         origin = "backend" if backend else "SEGVIT_KERNELS"
         raise ValueError(f"{op}: {origin}={name!r} is no backend; choose from auto, {', '.join(offered)}")
     if name == "auto" or (backend is None and name not in offered):
-        return next(candidate for candidate, reason in candidates if reason is None)
+        return next(candidate for candidate, reason in candidates if _ask(reason) is None)
     if name not in offered:
         raise RuntimeError(f"{op}: there is no {name!r} backend for this operator; it has {', '.join(offered)}")
-    if offered[name] is not None:
-        raise RuntimeError(f"{op}: the {name!r} backend cannot run: {offered[name]}")
+    reason = _ask(offered[name])
+    if reason is not None:
+        raise RuntimeError(f"{op}: the {name!r} backend cannot run: {reason}")
     return name
+
+
+def _ask(reason: str | Callable | None) -> str | None:
+    return reason() if callable(reason) else reason
 
 
 def _load_native() -> str | None:

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _checks
 from ._dispatch import autocast_dtype, choose, triton_missing, without_autocast
@@ -50,13 +51,9 @@ def atm(
     dtype = autocast_dtype(q.device)
     if dtype is not None and q.dtype != torch.float64:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    candidates = [("library", None), ("reference", None), ("triton", lambda: _triton_reason(q, num_heads))]
     # A tensor on the meta device has nothing to compute: one operator call is what a FLOP counter should see.
-    candidates = [
-        ("library", "meta tensors" if q.is_meta else None),
-        ("reference", None),
-        ("triton", _triton_reason(q, num_heads)),
-    ]
-    name = choose("atm", backend, candidates)
+    name = "reference" if q.is_meta else choose("atm", backend, candidates)
     with without_autocast(q.device):
         if name == "library":
             return _library(q, k, v, num_heads, scale, dropout_p, mask_carry, sigmoid)
@@ -156,9 +153,11 @@ class _Autograd(torch.autograd.Function):
         return out, mask, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out, grad_mask, grad_lse):
         *saved, seed = ctx.saved_tensors
-        grads = torch.ops.segvit.atm_backward(grad_out, grad_mask, *saved, *ctx.arguments, seed, ctx.backend)
+        with without_autocast(grad_out.device):
+            grads = torch.ops.segvit.atm_backward(grad_out, grad_mask, *saved, *ctx.arguments, seed, ctx.backend)
         return *grads, None, None, None, None, grad_mask if ctx.needs_input_grad[7] else None, None
 
 

@@ -12,7 +12,7 @@ from .reference import mask_decode as reference_decode
 from .reference._sampling import bilinear_matrix
 from .reference.mask_decode import label_dtype
 
-TILE_BYTES = 2 << 20  # of pixels × classes, so that a tile stays in a core's cache
+TILE_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of pixels × classes: a core's cache; on a GPU, few launches
 
 
 def mask_decode(
@@ -81,6 +81,8 @@ def _check(mask_logits, class_probs, size, output, extent):
         raise ValueError(
             f"{op}: mask_logits [B, N, h, w] and class_probs [B, N, K] must agree in B and N, got {shapes}"
         )
+    if (mask_logits.dtype == torch.float64) != (class_probs.dtype == torch.float64):
+        raise ValueError(f"{op}: float64 goes with float64, got {mask_logits.dtype} and {class_probs.dtype}")
     if 0 in mask_logits.shape or 0 in class_probs.shape:
         raise ValueError(f"{op}: no dimension may be zero, got {tuple(mask_logits.shape)}, {tuple(class_probs.shape)}")
     _checks.same_device(op, mask_logits=mask_logits, class_probs=class_probs)
@@ -133,12 +135,13 @@ def _score_tiles(
     for b, (logits, probs) in enumerate(zip(_float(mask_logits), _float(class_probs).to(down.dtype))):
         if prune > 0:
             keep = probs.amax(-1) >= prune
-            if keep.device.type == "cpu":
+            if keep.device.type == "cpu" and keep.any():
                 logits, probs = logits[keep], probs[keep]
             else:  # a compaction by shape would wait for the device
                 probs = probs * keep[:, None]
         wide = (across @ logits.permute(1, 2, 0)).flatten(1)  # [h, W·N]
-        step = max(1, TILE_BYTES // (width * max(*probs.shape, 1) * wide.element_size()))
+        tile_bytes = TILE_BYTES.get(wide.device.type, TILE_BYTES["cuda"])
+        step = max(1, tile_bytes // (width * max(*probs.shape, 1) * wide.element_size()))
         for top in range(0, height, step):
             tile = slice(top, min(top + step, height))
             used = _used_cells(tile, height, rows, h)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _checks
 from ._dispatch import choose, without_autocast
@@ -12,7 +13,8 @@ from ._library import below_autograd, register
 from .reference import mask_loss as reference_loss
 from .reference._sampling import bilinear_matrix
 
-TILE_ELEMENTS = 1 << 18  # of stages × masks × pixels that a tile evaluates at once
+# Stages × masks × pixels that a tile evaluates at once: what a core's cache holds; on a GPU, what few launches need.
+TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
 
 
 def mask_loss(
@@ -102,7 +104,8 @@ class _Tiles:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """(rows, x [S, P, R, W], t [P, R, W] bool, valid [P, R, W] bool)"""
-        step = max(1, TILE_ELEMENTS // max(self.S * len(self.b) * self.labels.shape[2], 1))
+        elements = TILE_ELEMENTS.get(self.labels.device.type, TILE_ELEMENTS["cuda"])
+        step = max(1, elements // max(self.S * len(self.b) * self.labels.shape[2], 1))
         for top in range(0, self.H, step):
             tile = slice(top, min(top + step, self.H))
             labels = self.labels[:, tile].to(torch.int32)
@@ -113,9 +116,10 @@ class _Tiles:
 
 def _signed(x: Tensor, t: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sign = +1 (t=0) or −1 (t=1), α_t, s = σ(sign·x) = 1−p_t, softplus(sign·x) = BCE."""
-    sign = 1 - 2 * t.to(x.dtype)
+    target = t.to(x.dtype)
+    sign = 1 - 2 * target
     u = x * sign
-    return sign, torch.where(t, alpha, 1 - alpha).to(x.dtype), u.sigmoid(), F.softplus(u)
+    return sign, (1 - alpha) + (2 * alpha - 1) * target, u.sigmoid(), F.softplus(u)
 
 
 def _forward(mask_logits, labels, present, num_masks, ignore_index, masked, alpha, gamma, rows, columns):
@@ -187,8 +191,10 @@ class _Autograd(torch.autograd.Function):
         return focal, dice, sums
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_focal, grad_dice, grad_sums):
-        grad = torch.ops.segvit.mask_loss_backward(grad_focal, grad_dice, *ctx.saved_tensors, *ctx.options)
+        with without_autocast(grad_focal.device):
+            grad = torch.ops.segvit.mask_loss_backward(grad_focal, grad_dice, *ctx.saved_tensors, *ctx.options)
         return grad, *[None] * (3 + len(ctx.options))
 
 

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _checks
 from ._dispatch import NATIVE_MISSING, choose, without_autocast
@@ -214,8 +215,11 @@ class _Autograd(torch.autograd.Function):
         return y, y_q, x_q, mean, rstd
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y, grad_y_q, grad_x_q, grad_mean, grad_rstd):
-        grads = torch.ops.segvit.token_downsample_backward(grad_y, grad_y_q, grad_x_q, *ctx.saved_tensors, ctx.prefix)
+        upstream = (grad_y, grad_y_q, grad_x_q)
+        with without_autocast(grad_y.device):
+            grads = torch.ops.segvit.token_downsample_backward(*upstream, *ctx.saved_tensors, ctx.prefix)
         return *grads, None, None, None
 
 

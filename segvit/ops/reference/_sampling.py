@@ -9,9 +9,10 @@ def bilinear_matrix(
     like: Tensor,  # gives dtype and device
 ) -> Tensor:  # [size, cells], rows sum to 1
     """Bilinear along one axis, align_corners=False: pixel i looks at clamp((i+½)·extent/size − ½, 0, cells−1)."""
-    i = torch.arange(size, device=like.device, dtype=torch.float64)
+    exact = torch.float32 if like.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    i = torch.arange(size, device=like.device, dtype=exact)
     c = ((i + 0.5) * (extent / size) - 0.5).clamp(0, cells - 1)
-    distance = (c[:, None] - torch.arange(cells, device=like.device, dtype=torch.float64)).abs()
+    distance = (c[:, None] - torch.arange(cells, device=like.device, dtype=exact)).abs()
     return (1 - distance).clamp(min=0).to(like.dtype)
 
 
