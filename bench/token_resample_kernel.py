@@ -1,7 +1,7 @@
 """token_downsample: the C++ kernel against the eager chain (the reference), forward and forward + backward.
 
-    python bench/token_resample_kernel.py            # writes bench/results/token_resample_kernel_<device>.json
-    python bench/token_resample_kernel.py --quick    # one shape
+python bench/token_resample_kernel.py            # writes bench/results/token_resample_kernel_<device>.json
+python bench/token_resample_kernel.py --quick    # one shape
 """
 
 import harness

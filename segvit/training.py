@@ -169,6 +169,9 @@ def evaluate(model: nn.Module, data: Dataset, ignore_index: int = 255, progress:
         ignore_index: label that does not count.
         progress: show a progress bar.
         options: of segvit.predict, such as mode, crop_size, stride, scales, flip.
+
+    Raises:
+        ValueError: labels of another size than their image, or options that predict refuses.
     """
     matrix = ConfusionMatrix(model.num_classes, ignore_index)
     for i in tqdm(range(len(data)), desc="evaluating", unit="image", disable=not progress, leave=False):

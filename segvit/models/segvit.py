@@ -150,7 +150,10 @@ class SegViT(
         return self.backbone(images)
 
     def forward(self, images: Tensor) -> SegViTOutput:
-        """images [B, C, H, W]: float, normalised with `mean` and `std`; any H and W (padded to the patch size)."""
+        """images [B, C, H, W]: float, normalised with `mean` and `std`; any H and W (padded to the patch size).
+
+        Raises ValueError for images of another shape, number of channels or dtype.
+        """
         in_chans = len(self.mean)
         if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != in_chans or 0 in images.shape:
             got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
