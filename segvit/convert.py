@@ -87,8 +87,8 @@ def from_official(state_dict: Mapping[str, Tensor], config: Mapping, **overrides
         state_dict: official names to tensors ("backbone.layers.0.ln1.weight", "decode_head.q.weight"…); what wraps them
             in a checkpoint file ("state_dict", "meta") must be taken off before.
         config: the official model dict: "backbone" (type VisionTransformer or vit_shrink, img_size, embed_dims,
-            num_layers, num_heads, out_indices…) and "decode_head" (type ATMHead or TPNATMHead, in_channels, num_classes,
-            num_layers, num_heads…). A backbone dict alone gives a Backbone.
+            num_layers, num_heads, out_indices…) and "decode_head" (type ATMHead or TPNATMHead, in_channels,
+            num_classes, num_layers, num_heads…). A backbone dict alone gives a Backbone.
         overrides: arguments of SegViT (or Backbone) that replace what the config says.
 
     Returns:

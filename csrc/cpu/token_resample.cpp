@@ -1,6 +1,4 @@
 // token_downsample on the CPU. The formula is in segvit/ops/reference/token_resample.py.
-#include "../ops.h"
-
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -9,6 +7,8 @@
 #include <cmath>
 #include <type_traits>
 #include <vector>
+
+#include "../ops.h"
 
 namespace segvit {
 namespace {
@@ -24,11 +24,16 @@ using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename F>
 void dispatch(ScalarType dtype, const char* op, F&& call) {
     switch (dtype) {
-        case ScalarType::Double: return call(double{});
-        case ScalarType::Float: return call(float{});
-        case ScalarType::BFloat16: return call(torch::headeronly::BFloat16{});
-        case ScalarType::Half: return call(torch::headeronly::Half{});
-        default: STD_TORCH_CHECK(false, op, ": x must be float64, float32, bfloat16 or float16");
+        case ScalarType::Double:
+            return call(double{});
+        case ScalarType::Float:
+            return call(float{});
+        case ScalarType::BFloat16:
+            return call(torch::headeronly::BFloat16{});
+        case ScalarType::Half:
+            return call(torch::headeronly::Half{});
+        default:
+            STD_TORCH_CHECK(false, op, ": x must be float64, float32, bfloat16 or float16");
     }
 }
 
