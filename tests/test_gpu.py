@@ -1,0 +1,76 @@
+"""The library paths on CUDA tensors against the same on the CPU. (Kernels have their own tests, per operator.)"""
+
+import pytest
+import torch
+
+import segvit
+from segvit.ops import mask_decode, mask_loss, token_downsample
+
+pytestmark = pytest.mark.gpu
+
+
+def both(call, *tensors):
+    """The call's results and gradients on the CPU in float64, and on the GPU in float32."""
+    results = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        moved = [
+            t.detach().to(device, dtype).requires_grad_() if t.is_floating_point() and t.dim() else t.to(device)
+            for t in tensors
+        ]
+        out = call(*moved)
+        leaves = [t for t in moved if t.requires_grad]
+        grads = torch.autograd.grad(sum(t.square().sum() for t in out), leaves)
+        results.append([t.double().cpu() for t in (*out, *grads)])
+    return zip(*results)
+
+
+@pytest.mark.parametrize("ignored", ["masked", "negative"])
+def test_mask_loss(ignored):
+    logits, labels = torch.randn(2, 3, 5, 9, 7) * 5, torch.randint(0, 4, (3, 100, 90))
+    labels[0, :30] = 255
+    present = torch.stack([(labels == n).flatten(1).any(1) for n in range(5)], 1)
+    call = lambda x, *rest: mask_loss(x, *rest, ignored=ignored)  # noqa: E731
+    for want, got in both(call, logits, labels, present, present.sum()):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_mask_decode():
+    logits, probs = torch.randn(2, 19, 16, 16) * 5, torch.randn(2, 19, 20).softmax(-1)[..., :-1]
+    exact = mask_decode(logits.double(), probs.double(), (200, 170), "scores")
+    scores = mask_decode(logits.cuda(), probs.cuda(), (200, 170), "scores").cpu()
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-4, atol=1e-4)
+    top = exact.topk(2, 1)
+    clear = top.values[:, 0] - top.values[:, 1] > 1e-3
+    labels = mask_decode(logits.cuda(), probs.cuda(), (200, 170)).cpu().long()
+    assert torch.equal(labels[clear], top.indices[:, 0][clear])
+
+
+@pytest.mark.parametrize("keep", [2, torch.tensor([[0, 3, 3], [1, 2, 34]])], ids=["stride", "index"])
+def test_token_downsample(keep):
+    kept = lambda x: keep if isinstance(keep, int) else keep.to(x.device)  # noqa: E731
+    call = lambda x, w, b: token_downsample(x, w, b, 1e-6, (5, 7), kept(x))  # noqa: E731
+    for want, got in both(call, torch.randn(2, 36, 24), torch.randn(24), torch.randn(24)):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shrink", [None, "v1"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_model_loss_and_prediction(shrink, compiled):
+    kwargs = {"depth": 6, "embed_dim": 64, "num_heads": 2}
+    model = segvit.SegViT("vit_tiny_patch16_224", 5, 64, shrink=shrink, dropout=0, drop_path=0, backbone_kwargs=kwargs)
+    images, labels = torch.randn(2, 3, 60, 50), torch.randint(0, 5, (2, 60, 50))
+    loss = segvit.ATMLoss(5)
+    want = loss(model(images), labels).total.item()
+    scores = segvit.predict(model, images, output="scores")
+    model, loss = model.cuda(), loss.cuda()
+    step = lambda x, y: loss(model(x), y).total  # noqa: E731
+    step = torch.compile(step, fullgraph=True) if compiled else step
+    total = step(images.cuda(), labels.cuda())
+    assert total.item() == pytest.approx(want, rel=1e-3)
+    total.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    torch.testing.assert_close(
+        segvit.predict(model, images.cuda(), output="scores").cpu(), scores, rtol=1e-2, atol=1e-3
+    )
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert loss(model(images.cuda()), labels.cuda()).total.item() == pytest.approx(want, rel=0.1)
