@@ -83,7 +83,7 @@ def _train_arguments(parser: Parser) -> None:
         "--pretrained", type=bool | str, default=True, help="true (from the Hub), false, or a weights file"
     )
     parser.add_argument("--shrink", type=str | None, default=None, help="v1: about 40 %% fewer multiply-adds")
-    parser.add_argument("--crop", type=list[int], default=[512, 512], help="training crop [height, width]")
+    parser.add_argument("--crop", type=int | list[int], default=512, help="training crop, one side or [height, width]")
     parser.add_argument("--scale", type=list[float], default=[0.5, 2.0], help="random resizing from, to")
     parser.add_argument("--steps", type=int, default=20000, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=8, help="images a step and process")
@@ -115,8 +115,12 @@ def _train(arguments) -> None:
 
 def _data_arguments(parser: Parser) -> None:
     parser.add_argument("--mode", type=str, default="whole", help="whole or slide")
-    parser.add_argument("--crop", type=list[int] | None, default=None, help="window [height, width] for --mode slide")
-    parser.add_argument("--stride", type=list[int] | None, default=None, help="of the windows, [height, width]")
+    parser.add_argument(
+        "--crop", type=int | list[int] | None, default=None, help="window of --mode slide; the model's size"
+    )
+    parser.add_argument(
+        "--stride", type=int | list[int] | None, default=None, help="of windows; two thirds of the crop"
+    )
     parser.add_argument("--scales", type=list[float], default=[1.0], help="image scales to average over")
     parser.add_argument("--flip", type=bool, default=False, help="also average over mirrored images")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 …")

@@ -19,6 +19,7 @@ from segvit.inference import predict
 from segvit.losses import ATMLoss
 from segvit.metrics import ConfusionMatrix, Scores
 from segvit.models import SegViT
+from segvit.models.segvit import as_pair
 
 
 def polynomial(steps: int, warmup: int = 0, power: float = 1.0) -> Callable[[int], float]:
@@ -201,7 +202,7 @@ def train_folder(
     pretrained: bool | str = True,
     classes: str | None = None,
     shrink: str | None = None,
-    crop: Sequence[int] = (512, 512),
+    crop: int | Sequence[int] = 512,
     scale: Sequence[float] = (0.5, 2.0),
     steps: int = 20000,
     batch_size: int = 8,
@@ -237,8 +238,9 @@ def train_folder(
         raise RuntimeError("training needs Accelerate: pip install 'segvit[train]'") from error
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
-    if len(crop) != 2 or min(crop) < 1 or len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-        raise ValueError(f"crop must be [height, width] and scale [from, to], got {list(crop)} and {list(scale)}")
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"scale must be [from, to], got {list(scale)}")
+    crop = as_pair("crop", crop)
     set_seed(seed)
     names = read_classes(classes or Path(data, "classes.txt"))
     pretrained = {"true": True, "false": False}.get(str(pretrained).lower(), pretrained)
@@ -246,7 +248,7 @@ def train_folder(
     model = SegViT(
         backbone,
         len(names),
-        tuple(crop),
+        crop,
         shrink=shrink,
         drop_path=drop_path,
         pretrained=pretrained,

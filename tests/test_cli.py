@@ -101,7 +101,7 @@ def test_every_command_has_help_with_an_example(command, capsys):
         (["train", "nowhere"], 1, "nowhere/classes.txt: no such file"),
         (["train", "nowhere", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["train", "DATA", "--backbone", "vit_tini_patch16_224"], 1, "near: vit_tiny_patch16_224"),
-        (["train", "DATA", *TINY, "--crop", "[32]"], 1, "crop must be [height, width]"),
+        (["train", "DATA", *TINY, "--crop", "[32]"], 1, "crop must be an int or (height, width)"),
         (["train", "DATA", *TINY, "--shrink", "v9"], 1, "shrink must be"),
         (["evaluate", "nowhere", "DATA/val"], 1, "nowhere"),
         (["evaluate", "DATA", "DATA/val"], 1, "no checkpoint there"),
