@@ -82,7 +82,7 @@ def _train_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--pretrained", type=bool | str, default=True, help="true (from the Hub), false, or a weights file"
     )
-    parser.add_argument("--shrink", type=str | None, default=None, help="v1: about 40 %% fewer multiply-adds")
+    parser.add_argument("--shrink", type=str | None, default=None, help="v1: about 40 percent fewer multiply-adds")
     parser.add_argument("--crop", type=int | list[int], default=512, help="training crop, one side or [height, width]")
     parser.add_argument("--scale", type=list[float], default=[0.5, 2.0], help="random resizing from, to")
     parser.add_argument("--steps", type=int, default=20000, help="optimizer steps")
@@ -144,7 +144,11 @@ def _load(checkpoint: str, device: str):
         raise FileNotFoundError(f"{checkpoint}: no checkpoint there (a folder with config.json and model.safetensors)")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return SegViT.from_pretrained(checkpoint).to(device).eval()
+    try:
+        model = SegViT.from_pretrained(checkpoint)
+    except Exception as error:  # a damaged file raises what its reader raises
+        raise ValueError(f"{checkpoint}: cannot load this model: {error}") from error
+    return model.to(device).eval()
 
 
 def _evaluate_arguments(parser: Parser) -> None:

@@ -262,10 +262,15 @@ def train_folder(
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder}: cannot write there")
+    seen: set[int] = set()
     for i in tqdm(
         range(len(folders["val"])), desc="checking val", disable=not accelerator.is_main_process, leave=False
     ):
-        folders["val"][i]  # a label that is no class should stop the run now, and not after hours
+        seen |= set(folders["val"][i][1].unique().tolist())  # what is wrong should stop the run now, not after hours
+    if seen <= {ignore_index}:
+        raise ValueError(f"{folders['val'].root}: every label is {ignore_index}, which is ignored; there is no truth")
+    if seen == {0, 255} and len(names) == 2 and ignore_index == 255:
+        raise ValueError(f"{folders['val'].root}: labels are 0 and 255, a binary mask? 255 is ignored; write 1 instead")
 
     def validate(step: int) -> Scores:
         if accelerator.is_main_process:
@@ -278,21 +283,26 @@ def train_folder(
         accelerator.wait_for_everyone()
         return scores
 
-    records = fit(
-        model,
-        ATMLoss(len(names), ignore_index, ignored),
-        folders["train"],
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
-        decoder_lr=decoder_lr,
-        warmup=steps // 20 if warmup is None else warmup,
-        workers=workers,
-        seed=seed,
-        accelerator=accelerator,
-        log=folder / "log.jsonl" if accelerator.is_main_process else None,
-        validate=validate,
-        validate_every=validate_every,
-    )
+    try:
+        records = fit(
+            model,
+            ATMLoss(len(names), ignore_index, ignored),
+            folders["train"],
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            weight_decay=weight_decay,
+            decoder_lr=decoder_lr,
+            warmup=steps // 20 if warmup is None else warmup,
+            workers=workers,
+            seed=seed,
+            accelerator=accelerator,
+            log=folder / "log.jsonl" if accelerator.is_main_process else None,
+            validate=validate,
+            validate_every=validate_every,
+        )
+    except KeyboardInterrupt:
+        if accelerator.is_main_process:
+            save_checkpoint(model, folder / "last")
+        raise
     return best | {"records": records, "main_process": accelerator.is_main_process}

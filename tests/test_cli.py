@@ -116,6 +116,7 @@ def test_every_command_has_help_with_an_example(command, capsys):
         ),
         (["predict", "runs/typo", "DATA/val/images"], 1, "runs/typo: no checkpoint there"),
         (["predict", "CHECKPOINT", "DATA/val/labels", "--out", "DATA/val/labels"], 1, "would be overwritten"),
+        (["train", "DATA", *TINY, "--pretrained", "DATA/classes.txt"], 1, "cannot load"),
         (["train", "DATA", *TINY, "--steps", "0"], 1, "steps and batch_size must be at least 1"),
         (["predict", "CHECKPOINT", "DATA/val/images", "--mode", "tiles"], 1, "mode must be one of whole, slide"),
     ],

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -141,6 +142,30 @@ def test_training_on_a_folder_writes_checkpoints_and_a_log(shapes_folder, tmp_pa
     assert best.class_names == list(Shapes.classes)
     assert best.image_size == (32, 32)
     assert (tmp_path / "run" / "last" / "config.json").is_file()
+
+
+def test_binary_masks_of_0_and_255_and_sets_without_truth_are_refused(shapes_folder, tmp_path):
+    root = tmp_path / "binary"
+    shutil.copytree(shapes_folder, root)
+    (root / "classes.txt").write_text("background\nobject\n")
+    arguments = (str(root), str(tmp_path / "run"), "vit_tiny_patch16_224")
+    for value, message in ((0, "labels are 0 and 255, a binary mask"), (255, "every label is 255, which is ignored")):
+        for path in (root / "val" / "labels").iterdir():
+            labels = np.full((48, 64), 255, np.uint8)
+            labels[:20] = value
+            Image.fromarray(labels).save(path)
+        with pytest.raises(ValueError, match=message):
+            train_folder(*arguments, pretrained=False, crop=32, steps=1)
+
+
+def test_ctrl_c_keeps_the_last_weights(shapes_folder, tmp_path, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("segvit.training.fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train_folder(str(shapes_folder), str(tmp_path / "run"), "vit_tiny_patch16_224", pretrained=False, crop=32)
+    segvit.SegViT.from_pretrained(tmp_path / "run" / "last")
 
 
 def test_the_demo_writes_its_picture_and_model(tmp_path):

@@ -24,6 +24,8 @@ def read_classes(path: str | Path) -> list[str]:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; it should name one class a line") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text in UTF-8 ({error.reason})") from None
     if not any(names):
         raise ValueError(f"{path}: no class names; write one a line")
     if "" in names:

@@ -54,7 +54,7 @@ def read_labels(path: str | Path) -> np.ndarray:
 def to_tensor(image: Image.Image | np.ndarray, channels: int = 3) -> Tensor:
     """uint8 [C, H, W] of a PIL image or an array [H, W] or [H, W, C]."""
     if isinstance(image, Image.Image) and channels in MODES:
-        image = image.convert(MODES[channels])
+        image = ImageOps.exif_transpose(image).convert(MODES[channels])
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3):
         raise ValueError(f"images: an array must be uint8 [H, W, C] or [H, W], got {array.dtype} {array.shape}")
