@@ -36,7 +36,7 @@ class ATMLoss(nn.Module):
     Called with `out` (reads class_logits [S, B, N, K+1], mask_logits [S, B, N, h, w] and, when present, extent) and
     labels [B, H, W] of any integer dtype. With several processes CE's sum of weights and the number of masks are
     averaged over them in one all-reduce, so that DDP's mean is the loss of the joint batch. A batch with nothing to
-    learn gives every parameter a gradient all the same. Nothing waits for the host.
+    learn gives every parameter a gradient all the same. Written to need no host sync; not yet run on a GPU.
 
     Raises:
         ValueError: arguments that do not fit.

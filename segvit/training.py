@@ -94,8 +94,10 @@ def fit(
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             out = network(images)
             terms = loss(out, labels)
-            backward = terms.total.backward if accelerator is None else lambda t=terms: accelerator.backward(t.total)
-            backward()
+            if accelerator is None:
+                terms.total.backward()
+            else:
+                accelerator.backward(terms.total)
             (nn.utils.clip_grad_norm_ if accelerator is None else accelerator.clip_grad_norm_)(parameters, clip)
             optimizer.step()
             rate = schedule.get_last_lr()[0]

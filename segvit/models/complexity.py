@@ -16,10 +16,6 @@ def _layer_norm(shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * PER_LAYER_NORM_ELEMENT * _numel(shape)
 
 
-def _resize(shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * PER_RESIZED_ELEMENT * _numel(out_shape)
-
-
 def _atm(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
     """Both matmuls of the attention; its mask is a by-product of the first."""
     return 2 * 2 * _numel(q_shape) * k_shape[1]
@@ -36,7 +32,6 @@ def _numel(shape) -> int:
 
 COUNTED = {
     aten.native_layer_norm: _layer_norm,
-    aten.upsample_bilinear2d: _resize,
     ours.atm: _atm,
     ours.mask_decode: _mask_decode,
 }

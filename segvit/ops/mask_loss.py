@@ -47,7 +47,8 @@ def mask_loss(
         backend: "tiled", "reference", or None for the best that can run.
 
     Returns:
-        focal [S] and dice [S], float32 (float64 for float64 logits), unweighted. Nothing waits for the host on a GPU.
+        focal [S] and dice [S], float32 (float64 for float64 logits), unweighted. Written to need no
+        host sync on a GPU, where it has not run yet.
 
     Raises:
         ValueError: arguments that do not fit each other.

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from . import _checks
 from ._dispatch import NATIVE_MISSING, choose, without_autocast
 from ._library import below_autograd, register
+from .reference import query_attention as reference_attention
 from .reference import token_downsample as reference_downsample
 from .reference import token_upsample as reference_upsample
 from .reference.token_resample import stride_index
@@ -146,8 +147,6 @@ def query_attention(
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
     _checks.same_device(op, q=q, k=k, v=v)
     if choose(op, backend, [("library", None), ("reference", None)]) == "reference":
-        from .reference import query_attention as reference_attention
-
         return reference_attention(q, k, v, num_heads, dropout_p)
     qh, kh, vh = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(qh, kh, vh, dropout_p=dropout_p).transpose(1, 2).flatten(2)
