@@ -9,18 +9,26 @@ import jsonargparse
 
 import segvit
 
+RECIPES = Path(__file__).parent / "recipes"
 EXAMPLES = {
     "demo": "segvit demo --out demo",
+    "check-data": "segvit check-data DATA --picture check.png",
     "train": "segvit train DATA --backbone vit_tiny_patch16_224 --pretrained WEIGHTS.safetensors --steps 600",
-    "evaluate": "segvit evaluate runs/segvit/best DATA/val --json",
-    "predict": "segvit predict runs/segvit/best photo.jpg folder/ --out predictions",
+    "evaluate": "segvit evaluate runs/segvit DATA --json",
+    "predict": "segvit predict runs/segvit photo.jpg folder/ --out predictions",
     "models": "segvit models --json",
+    "convert": "segvit convert segvit_vit_l_ade.pth converted --model segvit_large_ade20k_640",
     "env": "segvit env",
 }
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """A wrong argument is one line, not a page of usage."""
+    """A wrong argument is one line, not a page of usage; --flag alone means --flag true."""
+
+    def bare_flags(self) -> None:
+        for action in self._actions:
+            if getattr(action, "_typehint", None) is bool:
+                action.nargs, action.const = "?", True
 
     def error(self, message: str, ex: Exception | None = None):
         line = " ".join(str(message).split())
@@ -32,13 +40,16 @@ def _fail(line: str, code: int) -> int:
     return code
 
 
-def _parser() -> Parser:
+def _parser(argv: list[str]) -> Parser:
+    """Arguments of the commands that occur in argv: the others' would import what they need, for nothing."""
     parser = Parser(prog="segvit", description="Semantic segmentation with plain Vision Transformers.")
     parser.add_argument("--version", action="version", version=f"segvit {segvit.__version__}")
     commands = parser.add_subcommands(dest="command", required=True)
     for name, (describe, arguments, _) in COMMANDS.items():
         command = Parser(description=describe, epilog=f"example: {EXAMPLES[name]}")
-        arguments(command)
+        if name in argv:
+            arguments(command)
+            command.bare_flags()
         commands.add_subcommand(name, command, help=describe)
     return parser
 
@@ -46,7 +57,8 @@ def _parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for data or files that do not fit, 2 for wrong arguments."""
     try:
-        arguments = _parser().parse_args(argv)
+        argv = _named_recipes(sys.argv[1:] if argv is None else argv)
+        arguments = _parser(argv).parse_args(argv)
         COMMANDS[arguments.command][2](arguments[arguments.command])
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else _fail(str(stop.code), 1) if stop.code else 0
@@ -54,9 +66,21 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("SEGVIT_TRACEBACK") == "1":
             raise
         return _fail(f"segvit: error: {' '.join(str(error).split())}", 1)
-    except KeyboardInterrupt:
-        return _fail("segvit: stopped", 130)
+    except KeyboardInterrupt as stop:
+        return _fail(f"segvit: {stop or 'stopped'}", 130)
     return 0
+
+
+def _named_recipes(argv: list[str]) -> list[str]:
+    """--config NAME is the recipe of that name that comes with segvit, where there is no such file."""
+    named = [option.removeprefix("--config=") for option in argv]
+    for i, name in enumerate(named):
+        recipe = RECIPES / f"{name}.yaml"
+        if (argv[i - 1 : i] == ["--config"] or argv[i] != name) and recipe.is_file() and not Path(name).exists():
+            named[i] = argv[i].removesuffix(name) + str(recipe)
+        else:
+            named[i] = argv[i]
+    return named
 
 
 def _demo_arguments(parser: Parser) -> None:
@@ -74,36 +98,17 @@ def _demo(arguments) -> None:
 
 
 def _train_arguments(parser: Parser) -> None:
-    parser.add_argument("--config", action="config", help="YAML file of these arguments; the command line overrides it")
-    parser.add_argument("data", type=str, help="folder with train/images, train/labels, val/… and classes.txt")
-    parser.add_argument("--classes", type=str | None, default=None, help="class names, one a line; DATA/classes.txt")
-    parser.add_argument("--out", type=str, default="runs/segvit", help="folder for checkpoints and the log")
-    parser.add_argument("--backbone", type=str, default="vit_base_patch16_384.augreg_in21k_ft_in1k", help="a timm ViT")
+    from segvit.runs import train_folder
+
+    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     parser.add_argument(
-        "--pretrained", type=bool | str, default=True, help="true (from the Hub), false, or a weights file"
+        "--config", action="config", help=f"YAML file of these arguments, which the command line overrides; or {names}"
     )
-    parser.add_argument("--shrink", type=str | None, default=None, help="v1: about 40 percent fewer multiply-adds")
-    parser.add_argument("--crop", type=int | list[int], default=512, help="training crop, one side or [height, width]")
-    parser.add_argument("--scale", type=list[float], default=[0.5, 2.0], help="random resizing from, to")
-    parser.add_argument("--steps", type=int, default=20000, help="optimizer steps")
-    parser.add_argument("--batch_size", type=int, default=8, help="images a step and process")
-    parser.add_argument("--lr", type=float, default=1e-4, help="of the backbone")
-    parser.add_argument("--decoder_lr", type=float, default=10.0, help="factor of lr for the decoder")
-    parser.add_argument("--weight_decay", type=float, default=0.01, help="not for the backbone's norms")
-    parser.add_argument("--warmup", type=int | None, default=None, help="steps; a twentieth by default")
-    parser.add_argument("--drop_path", type=float, default=0.1, help="stochastic depth of the backbone")
-    parser.add_argument("--freeze_backbone", type=bool, default=False, help="train the decoder alone")
-    parser.add_argument("--activation_checkpointing", type=bool, default=False, help="less memory, more time")
-    parser.add_argument("--ignore_index", type=int, default=255, help="label of pixels without a truth")
-    parser.add_argument("--ignored", type=str, default="masked", help="masked, or negative as the official code has it")
-    parser.add_argument("--precision", type=str | bool, default="no", help="no (float32), bf16 or fp16")
-    parser.add_argument("--validate_every", type=int | None, default=None, help="steps; at the end by default")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load data")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data order and augmentation")
+    parser.add_function_arguments(train_folder, as_positional=True)
 
 
 def _train(arguments) -> None:
-    from segvit.training import train_folder
+    from segvit.runs import train_folder
 
     options = arguments.as_dict()
     options.pop("config", None)
@@ -113,14 +118,59 @@ def _train(arguments) -> None:
         print(result["checkpoint"])
 
 
-def _data_arguments(parser: Parser) -> None:
-    parser.add_argument("--mode", type=str, default="whole", help="whole or slide")
+def _label_arguments(parser: Parser) -> None:
+    parser.add_argument("--layout", type=str, default="folder", help="of the data, as in segvit train")
+    parser.add_argument("--classes", type=str | None, default=None, help="class names, one a line")
+    parser.add_argument("--ignore_index", type=int, default=255, help="label of pixels without a truth")
     parser.add_argument(
-        "--crop", type=int | list[int] | None, default=None, help="window of --mode slide; the model's size"
+        "--label_map", type=dict[int | str, int] | None, default=None, help="label in the files to class, {255: 1}"
     )
-    parser.add_argument(
-        "--stride", type=int | list[int] | None, default=None, help="of windows; two thirds of the crop"
-    )
+    parser.add_argument("--reduce_zero_label", type=bool, default=False, help="0 is ignored, k means class k-1")
+
+
+def _label_options(arguments) -> dict:
+    return {name: arguments[name] for name in ("layout", "ignore_index", "label_map", "reduce_zero_label")}
+
+
+def _check_arguments(parser: Parser) -> None:
+    parser.add_argument("data", type=str, help="folder or CSV file of segvit train, or one part of it")
+    _label_arguments(parser)
+    parser.add_argument("--picture", type=str | None, default=None, help="write some images beside their labels here")
+    parser.add_argument("--json", action="store_true", help="print one JSON value and nothing else to stdout")
+
+
+def _check(arguments) -> None:
+    from segvit.data.check import check_data, compare_parts
+    from segvit.data.images import read_image
+    from segvit.data.layouts import has_part, open_data
+    from segvit.visualize import comparison
+
+    parts = [part for part in ("train", "val") if has_part(arguments.data, part, arguments.layout)] or [None]
+    sets = {
+        part: open_data(arguments.data, part, classes=arguments.classes, **_label_options(arguments)) for part in parts
+    }
+    reports = [check_data(data, part or "all") for part, data in sets.items()]
+    if len(reports) == 2:
+        compare_parts(*reports)
+    good = not any(report.problems for report in reports)
+    if arguments.json:
+        print(json.dumps({"ok": good, "parts": [report.to_dict() for report in reports]}, indent=2))
+    else:
+        print("\n\n".join(report.text() for report in reports))
+    if arguments.picture and good:
+        first = next(iter(sets.values()))
+        chosen = range(0, len(first), max(len(first) // 6, 1))[:6]
+        rows = [(read_image(first.pairs[i][0]), first.read_labels(i)[1]) for i in chosen]
+        comparison(rows, first.classes, side=360).save(arguments.picture)
+    if not good:
+        raise ValueError("the data has problems that training would refuse (named above)")
+
+
+def _prediction_arguments(parser: Parser) -> None:
+    parser.add_argument("--mode", type=str, default="auto", help="whole, slide, or auto: slide where images are large")
+    parser.add_argument("--crop", type=int | list[int] | None, default=None, help="window; the model's size")
+    parser.add_argument("--stride", type=int | list[int] | None, default=None, help="of windows; 2/3 of the crop")
+    parser.add_argument("--short_side", type=int | None, default=None, help="resize images to this short side first")
     parser.add_argument("--scales", type=list[float], default=[1.0], help="image scales to average over")
     parser.add_argument("--flip", type=bool, default=False, help="also average over mirrored images")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 …")
@@ -128,65 +178,83 @@ def _data_arguments(parser: Parser) -> None:
 
 def _prediction_options(arguments) -> dict:
     if arguments.mode == "whole" and (arguments.crop or arguments.stride):
-        raise ValueError("--crop and --stride go with --mode slide")
-    names = {"mode": "mode", "crop": "crop_size", "stride": "stride", "scales": "scales", "flip": "flip"}
-    return {ours: arguments[name] for name, ours in names.items()}
+        raise ValueError("--crop and --stride go with --mode slide or auto")
+    names = ("mode", "stride", "short_side", "scales", "flip")
+    return {name: arguments[name] for name in names} | {"crop_size": arguments.crop}
 
 
 def _load(checkpoint: str, device: str):
     """A saved model on the device asked for."""
     import torch
 
-    from segvit.models import SegViT
+    from segvit.checkpoints import load_model
 
-    near = Path(checkpoint).exists() or Path(checkpoint).parent.is_dir() or checkpoint.count("/") != 1
-    if not Path(checkpoint, "config.json").is_file() and near:
-        raise FileNotFoundError(f"{checkpoint}: no checkpoint there (a folder with config.json and model.safetensors)")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model = SegViT.from_pretrained(checkpoint)
-    except Exception as error:  # a damaged file raises what its reader raises
-        raise ValueError(f"{checkpoint}: cannot load this model: {error}") from error
-    return model.to(device).eval()
+    return load_model(checkpoint).to(device).eval()
 
 
 def _evaluate_arguments(parser: Parser) -> None:
-    parser.add_argument("checkpoint", type=str, help="folder of a saved model, or its name on the Hub")
-    parser.add_argument("data", type=str, help="folder with images/ and labels/")
-    parser.add_argument("--ignore_index", type=int, default=255, help="label of pixels without a truth")
+    parser.add_argument("checkpoint", type=str, help="folder of a run or of a saved model, or a name on the Hub")
+    parser.add_argument("data", type=str, help="folder or CSV file: a whole data set, or one part of it")
+    parser.add_argument("--part", type=str, default="val", help="which part of a whole data set")
+    _label_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON value and nothing else to stdout")
-    _data_arguments(parser)
+    _prediction_arguments(parser)
 
 
 def _evaluate(arguments) -> None:
-    from segvit.data import SegmentationFolder
+    from segvit.data.layouts import has_part, open_data
     from segvit.training import evaluate
 
     model = _load(arguments.checkpoint, arguments.device)
-    data = SegmentationFolder(arguments.data, model.class_names, arguments.ignore_index)
+    part = arguments.part if has_part(arguments.data, arguments.part, arguments.layout) else None
+    names = _agreed_classes(model.class_names, arguments)
+    data = open_data(arguments.data, part, classes=names, channels=len(model.mean), **_label_options(arguments))
     scores = evaluate(model, data, arguments.ignore_index, **_prediction_options(arguments))
     if arguments.json:
         value = {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc, "images": len(data)}
-        value["iou"] = dict(zip(model.class_names, scores.iou))
+        value |= {"iou": dict(zip(names, scores.iou)), "absent": scores.absent(names)}
         print(json.dumps(_without_nan(value), indent=2))
         return
-    print(scores.table(model.class_names))
+    print(scores.table(names))
     print(f"mIoU {scores.miou:.4f}  mAcc {scores.macc:.4f}  aAcc {scores.aacc:.4f}  on {len(data)} images")
+
+
+def _agreed_classes(trained: list[str], arguments) -> list[str]:
+    """The model's classes; an error where the data names others, whose numbers would mean something else."""
+    from segvit.data.layouts import find_classes
+
+    try:
+        named = find_classes(arguments.data, arguments.layout, arguments.classes)
+    except FileNotFoundError:
+        if arguments.classes is not None:
+            raise
+        return trained  # the data names no classes: then its numbers mean the model's
+    if named == trained or (len(named) == len(trained) and trained == [f"class {i}" for i in range(len(trained))]):
+        return named
+    if len(named) != len(trained):
+        raise ValueError(f"the model has {len(trained)} classes, the data {len(named)}")
+    i = next(i for i, (ours, theirs) in enumerate(zip(trained, named)) if ours != theirs)
+    raise ValueError(
+        f"class {i} is {trained[i]!r} to the model, but {named[i]!r} in the data; --classes names them anew"
+    )
 
 
 def _without_nan(value):
     """NaN is no JSON: null says that there is no number."""
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
     if isinstance(value, dict):
         return {name: _without_nan(inner) for name, inner in value.items()}
     return None if value != value else value
 
 
 def _predict_arguments(parser: Parser) -> None:
-    parser.add_argument("checkpoint", type=str, help="folder of a saved model, or its name on the Hub")
+    parser.add_argument("checkpoint", type=str, help="folder of a run or of a saved model, or a name on the Hub")
     parser.add_argument("images", type=str, nargs="+", help="image files, or folders of them")
     parser.add_argument("--out", type=str, default="predictions", help="folder for label PNGs and overlays")
-    _data_arguments(parser)
+    _prediction_arguments(parser)
 
 
 def _predict(arguments) -> None:
@@ -219,12 +287,35 @@ def _predict(arguments) -> None:
     options = _prediction_options(arguments)
     model = _load(arguments.checkpoint, arguments.device)
     out.mkdir(parents=True, exist_ok=True)
+    unread = []
     for path in tqdm(paths, desc="predicting", unit="image"):
-        image = read_image(path, len(model.mean))
+        try:
+            image = read_image(path, len(model.mean))
+        except ValueError as error:
+            unread.append(str(error))
+            continue
         labels = predict(model, image, **options)[0].cpu().numpy()
         label_image(labels, model.num_classes).save(out / f"{path.stem}.png")
         overlay(image, labels, model.class_names).save(out / f"{path.stem}_overlay.png")
-    print(f"{len(paths)} label maps and overlays in {out}")
+    if len(unread) < len(paths):
+        print(f"{len(paths) - len(unread)} label maps and overlays in {out}")
+    if unread:
+        raise ValueError(f"{len(unread)} of {len(paths)} images left out: {'; '.join(unread)}")
+
+
+def _convert_arguments(parser: Parser) -> None:
+    parser.add_argument("file", type=str, help="official checkpoint, .pth or .safetensors")
+    parser.add_argument("out", type=str, help="folder for our checkpoint")
+    parser.add_argument("--model", type=str | None, default=None, help="which of the paper's models of `segvit models`")
+    parser.add_argument("--config", type=str | None, default=None, help="or a JSON file with the official model dict")
+    parser.add_argument("--classes", type=str | None, default=None, help="class names, one a line; the data set's own")
+
+
+def _convert(arguments) -> None:
+    from segvit.convert import convert_checkpoint
+
+    model = convert_checkpoint(arguments.file, arguments.out, arguments.model, arguments.config, arguments.classes)
+    print(f"{arguments.out}: {model.num_classes} classes, {model.image_size[0]}x{model.image_size[1]} pixels")
 
 
 def _models_arguments(parser: Parser) -> None:
@@ -278,9 +369,11 @@ def _env(arguments) -> None:
 
 COMMANDS = {
     "demo": ("Train a small model on the embedded data set and write a picture.", _demo_arguments, _demo),
+    "check-data": ("What a data set holds, and what is wrong with it.", _check_arguments, _check),
     "train": ("Train on a folder of images and label maps.", _train_arguments, _train),
     "evaluate": ("mIoU and per-class scores of a checkpoint on a folder.", _evaluate_arguments, _evaluate),
     "predict": ("Label maps and overlays of images.", _predict_arguments, _predict),
     "models": ("Models by name, with multiply-adds, parameters and licences.", _models_arguments, _models),
+    "convert": ("An official checkpoint into ours.", _convert_arguments, _convert),
     "env": ("What a bug report needs: versions, devices, backends.", lambda parser: None, _env),
 }

@@ -1,12 +1,20 @@
 """Checkpoints in the official SegViT layout, into ours."""
 
+import json
+import pickle
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from segvit.checkpoints import save_checkpoint
+from segvit.data.dataset import read_classes
+from segvit.data.layouts import find_classes
 from segvit.models.backbone import Backbone
+from segvit.models.registry import ModelInfo, create_model, list_models
 from segvit.models.segvit import SegViT
 
 # One rule per official name: pattern, our name. Groups are layer and stage numbers; official stages count from 1.
@@ -191,3 +199,106 @@ def _load(model: SegViT | Backbone, state_dict: Mapping[str, Tensor], shrunk: bo
         if names:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise ValueError(f"state_dict: {problem}: {shown}")
+
+
+def convert_checkpoint(
+    file: str | Path,
+    out: str | Path,
+    model: str | None = None,
+    config: str | Path | None = None,
+    classes: str | Path | None = None,
+) -> SegViT:
+    """`segvit convert`: an official checkpoint file into a folder of ours.
+
+    Args:
+        file: .pth (only tensors and plain values are read, never code) or .safetensors.
+        out: folder for model.safetensors and config.json.
+        model: which of the paper's models; None: told from the shapes.
+        config: JSON file with the official model dict instead, for other models.
+        classes: file of class names; None: of the data set the model was published for.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that only code could read, that does not fit the model, or an `out` that exists.
+    """
+    if Path(out).exists():
+        raise ValueError(f"{out} exists already; choose another folder")
+    state = read_official(file)
+    names = None if classes is None else read_classes(classes)
+    if config is not None:
+        described = _read_config(config)
+        converted = from_official(state, described, **({} if names is None else {"class_names": names}))
+    else:
+        info = _published(state, model)
+        names = names or find_classes(out, next(own for part, own in _LAYOUTS.items() if part in info.name))
+        converted = create_model(info.name, class_names=names)
+        _load(converted, state, shrunk=bool(info.arguments.get("shrink")), prefix="")
+    save_checkpoint(converted.eval(), out)
+    return converted
+
+
+_LAYOUTS = {"ade20k": "ade20k", "cocostuff10k": "cocostuff10k", "pascal_context": "pascal_context_60"}
+
+
+def read_official(file: str | Path) -> dict[str, Tensor]:
+    """The parameters in a checkpoint file, without what wraps them. Nothing in the file is run.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, or one that cannot be read without running code in it.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        if Path(file).suffix == ".safetensors":
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" not in str(error) and "GLOBAL" not in str(error):
+            raise ValueError(f"{file}: not a readable checkpoint ({error})") from error
+        raise ValueError(
+            f"{file}: reading this pickle would run code that is stored in it, so it is refused. If you trust its "
+            "source, take the tensors out where nothing can be harmed: torch.load(file, weights_only=False)"
+            "['state_dict'], written by safetensors.torch.save_file; then convert the .safetensors file"
+        ) from error
+    except Exception as error:  # a damaged file raises what its reader stumbles over
+        raise ValueError(f"{file}: not a readable checkpoint ({error})") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{file}: no checkpoint, but a {type(state).__name__}")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _read_config(path: str | Path) -> dict:
+    try:
+        config = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); write the official model dict as JSON") from error
+    return config.get("model", config)
+
+
+def _published(state: Mapping[str, Tensor], name: str | None) -> ModelInfo:
+    """The published model of this name, or the one whose shapes the parameters have."""
+    infos = [info for info in list_models() if info.published]
+    if name is not None:
+        found = [info for info in infos if info.name == name]
+        if not found:
+            raise ValueError(
+                f"model must be one of the paper's: {', '.join(info.name for info in infos)}; got {name!r}"
+            )
+        return found[0]
+    shrunk = any(key.startswith("decode_head.atm.") for key in state)
+    rows = state.get(f"decode_head.{'atm.' if shrunk else ''}class_embed.bias")
+    depth = len({key.split(".")[2] for key in state if key.startswith("backbone.layers.")})
+    for info in infos:
+        fits = info.arguments["out_indices"][-1] + 1 == depth and bool(info.arguments.get("shrink")) == shrunk
+        if rows is not None and len(rows) == info.num_classes + 1 and fits:
+            return info
+    raise ValueError(
+        "none of the paper's models has these parameters; --config FILE.json describes others (the official model dict)"
+    )

@@ -60,6 +60,6 @@ def run_demo(out: str | Path = "demo", steps: int = 220, seed: int = 0) -> tuple
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         rows.append((picture, labels.numpy(), predict(model, image)[0].numpy()))
     path = out / "demo.png"
-    comparison(rows, model.class_names, scale=2).save(path)
+    comparison(rows, model.class_names, side=2 * SIZE).save(path)
     model.save_pretrained(out / "model")
     return scores, path

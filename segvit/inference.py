@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,10 @@ from segvit.ops import mask_decode
 from segvit.ops.reference.mask_decode import label_dtype
 
 OUTPUTS = ("labels", "scores", "probabilities")
+MODES = ("whole", "slide", "auto")
+PROTOCOLS = ("fused", "paper")
+LARGE = 4  # times the pixels of a crop: from there on "auto" slides
+STRIP_BYTES = 32 << 20  # of scores that are resized and compared at once
 Picture = Tensor | np.ndarray | Image.Image | str | Path
 
 
@@ -31,6 +36,7 @@ def predict(
     protocol: str = "fused",
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
+    short_side: int | None = None,
     window_batch: int = 4,
 ) -> Tensor | list[Tensor]:
     """Segment images.
@@ -41,7 +47,9 @@ def predict(
             scaled to 0…1 and normalised with the model's mean and std: uint8 tensors [B, C, H, W] or [C, H, W], arrays
             [H, W, C] or [H, W], PIL images, paths, or a sequence of these.
         size: (height, width), or one int, of the result; None: each image's own.
-        mode: "whole", or "slide": windows of crop_size every stride pixels, averaged where they overlap.
+        mode: "whole"; or "slide": windows of crop_size every stride pixels, averaged where they overlap; or "auto":
+            "slide" where an image has more than four times the pixels of a crop, as attention's cost grows with their
+            square. Labels of one scale, without flip, need memory for the rows of open windows alone.
         crop_size, stride: int or (height, width); None: the model's image_size, and two thirds of the crop.
         output: "labels", "scores" (a sum over class tokens, may exceed 1) or "probabilities" (softmax of the scores: a
             ranking, no confidence).
@@ -49,6 +57,7 @@ def predict(
             (bilinear) and takes the argmax. Scores, probabilities, windows and several scales follow the paper.
         scales, flip: resize the image by each factor, also mirror it, and average the probabilities (scores for
             output="scores").
+        short_side: resize each image to this short side first; the result still has `size`.
         window_batch: windows that go through the model at once.
 
     Returns:
@@ -59,11 +68,10 @@ def predict(
         ValueError: an argument that does not fit, named.
         FileNotFoundError: a path that is not there.
     """
-    size, crop, stride = _check(model, size, mode, crop_size, stride, output, protocol, scales, window_batch)
+    plan = _check(model, size, mode, crop_size, stride, output, protocol, scales, flip, short_side, window_batch)
     batches, single = _prepare(model, images)
-    arguments = (model, size, crop, stride, output, protocol, tuple(scales), flip, window_batch)
     with torch.no_grad(), evaluating(model):
-        results = [_predict_batch(batch, *arguments) for batch in batches]
+        results = [_predict_batch(model, batch, plan) for batch in batches]
     if single:
         return results[0]
     results = [result[0] for result in results]
@@ -83,27 +91,43 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _check(model, size, mode, crop_size, stride, output, protocol, scales, window_batch):
-    """Refuse what does not fit; return size, crop and stride as pairs, or None."""
-    for name, value, allowed in (
-        ("mode", mode, ("whole", "slide")),
-        ("output", output, OUTPUTS),
-        ("protocol", protocol, ("fused", "paper")),
-    ):
+class _Plan(NamedTuple):
+    """Checked arguments of predict."""
+
+    size: tuple[int, int] | None
+    mode: str
+    crop: tuple[int, int]
+    stride: tuple[int, int]
+    output: str
+    protocol: str
+    variants: list[tuple[float, bool]]  # scale and flip
+    short_side: int | None
+    window_batch: int
+
+    def slides(self, images: Tensor) -> bool:
+        pixels = images.shape[2] * images.shape[3]
+        return self.mode == "slide" or (self.mode == "auto" and pixels > LARGE * self.crop[0] * self.crop[1])
+
+
+def _check(model, size, mode, crop_size, stride, output, protocol, scales, flip, short_side, window_batch) -> _Plan:
+    """Refuse what does not fit."""
+    for name, value, allowed in (("mode", mode, MODES), ("output", output, OUTPUTS), ("protocol", protocol, PROTOCOLS)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     if not isinstance(scales, Sequence) or not scales or not all(s > 0 for s in scales):
         raise ValueError(f"scales must be factors above 0, got {scales!r}")
-    if not isinstance(window_batch, int) or window_batch < 1:
-        raise ValueError(f"window_batch must be an integer of at least 1, got {window_batch!r}")
-    size = as_pair("size", size)
-    if mode == "whole":
-        return size, None, None
-    crop = as_pair("crop_size", crop_size) or model.image_size
-    stride = as_pair("stride", stride) or tuple(max(c * 2 // 3, 1) for c in crop)
+    for name, value in (("window_batch", window_batch), ("short_side", short_side)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    size, crop, stride = as_pair("size", size), as_pair("crop_size", crop_size), as_pair("stride", stride)
+    if mode == "whole" and (crop or stride):
+        raise ValueError('crop_size and stride go with mode "slide" or "auto"')
+    crop = crop or model.image_size
+    stride = stride or tuple(max(c * 2 // 3, 1) for c in crop)
     if stride[0] > crop[0] or stride[1] > crop[1]:
         raise ValueError(f"stride must not exceed crop_size, or pixels are skipped; got {stride} and {crop}")
-    return size, crop, stride
+    variants = [(s, f) for s in scales for f in ((False, True) if flip else (False,))]
+    return _Plan(size, mode, crop, stride, output, protocol, variants, short_side, window_batch)
 
 
 def _prepare(model: nn.Module, images) -> tuple[Iterable[Tensor], bool]:
@@ -144,23 +168,26 @@ def _raw(image, channels: int) -> Tensor:
     return to_tensor(read_image(image, channels) if isinstance(image, str | Path) else image, channels)
 
 
-def _predict_batch(images, model, size, crop, stride, output, protocol, scales, flip, window_batch) -> Tensor:
-    target = size or tuple(images.shape[2:])
-    if output == "labels" and protocol == "fused" and crop is None and len(scales) == 1 and not flip and scales[0] == 1:
-        masks, probs, extent = _masks(model, images)
-        return mask_decode(masks, probs, target, extent=extent)
-    total, variants = 0, [(s, f) for s in scales for f in ((False, True) if flip else (False,))]
-    for scale, mirrored in variants:
-        x = images if scale == 1 else _resize(images, tuple(max(round(n * scale), 1) for n in images.shape[2:]))
-        scores = _scores(model, x.flip(-1) if mirrored else x, crop, stride, window_batch)
+def _predict_batch(model: nn.Module, images: Tensor, plan: _Plan) -> Tensor:
+    target, labels = plan.size or tuple(images.shape[2:]), plan.output == "labels"
+    if labels and len(plan.variants) == 1:
+        x = _scaled(images, plan.variants[0][0], plan.short_side)
+        if plan.protocol == "fused" and not plan.slides(x):
+            masks, probs, extent = _masks(model, x)
+            return mask_decode(masks, probs, target, extent=extent)
+        return _labels(_score_rows(model, x, plan), tuple(x.shape[2:]), target)
+    total = 0
+    for scale, mirrored in plan.variants:
+        x = _scaled(images, scale, plan.short_side)
+        scores = _scores(model, x.flip(-1) if mirrored else x, plan)
         scores = _resize(scores.flip(-1) if mirrored else scores, target)
-        # One variant needs no softmax to find its argmax.
-        total = total + (
-            scores if output == "scores" or (output == "labels" and len(variants) == 1) else scores.softmax(1)
-        )
-    if output != "labels":
-        return total / len(variants)
-    return total.argmax(1).to(label_dtype(total.shape[1]))
+        total = total + (scores if plan.output == "scores" else scores.softmax(1))
+    return total.argmax(1).to(label_dtype(total.shape[1])) if labels else total / len(plan.variants)
+
+
+def _scaled(images: Tensor, scale: float, short_side: int | None) -> Tensor:
+    scale *= short_side / min(images.shape[2:]) if short_side else 1
+    return images if scale == 1 else _resize(images, tuple(max(round(n * scale), 1) for n in images.shape[2:]))
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -173,27 +200,84 @@ def _masks(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, tuple[floa
     return out.mask_logits[-1], out.class_logits[-1].softmax(-1)[..., :-1], out.extent
 
 
-def _scores(model, images, crop, stride, window_batch) -> Tensor:  # [B, K, H, W]
+def _scores(model: nn.Module, images: Tensor, plan: _Plan) -> Tensor:  # [B, K, H, W]
     """Scores at the images' size, whole or averaged over windows."""
-    if crop is None:
-        masks, probs, extent = _masks(model, images)
-        return mask_decode(masks, probs, tuple(images.shape[2:]), "scores", extent=extent)
+    out = None
+    for top, rows in _score_rows(model, images, plan):
+        if top == 0 and rows.shape[2] == images.shape[2]:
+            return rows
+        out = rows.new_empty(*rows.shape[:2], *images.shape[2:]) if out is None else out
+        out[:, :, top : top + rows.shape[2]] = rows
+    return out
+
+
+def _score_rows(model: nn.Module, images: Tensor, plan: _Plan) -> Iterator[tuple[int, Tensor]]:
+    """(first row, scores [B, K, rows, W]) from top to bottom, whole or averaged over windows.
+
+    Of sliding windows only the rows that open windows cover are kept: crop × W × K numbers whatever the height. What
+    is yielded is overwritten afterwards.
+    """
     B, _, H, W = images.shape
-    height, width = min(crop[0], H), min(crop[1], W)
-    corners = [(top, left) for top in _starts(H, height, stride[0]) for left in _starts(W, width, stride[1])]
-    out, counts = None, torch.zeros(H, W, device=images.device)
-    step = max(1, window_batch // B)
-    for i in range(0, len(corners), step):
-        some = corners[i : i + step]
-        windows = torch.cat([images[:, :, top : top + height, left : left + width] for top, left in some])
-        masks, probs, extent = _masks(model, windows)
-        if out is None:
-            out = masks.new_zeros(B, probs.shape[2], H, W)
-        for j, corner in enumerate(some):
-            rows = slice(j * B, (j + 1) * B)
-            canvas = {"out": out, "counts": counts, "window": corner}
-            mask_decode(masks[rows], probs[rows], (height, width), "scores", extent=extent, **canvas)
-    return out.div_(counts)
+    if not plan.slides(images):
+        masks, probs, extent = _masks(model, images)
+        yield 0, mask_decode(masks, probs, (H, W), "scores", extent=extent)
+        return
+    height, width = min(plan.crop[0], H), min(plan.crop[1], W)
+    tops, lefts = _starts(H, height, plan.stride[0]), _starts(W, width, plan.stride[1])
+    band, counts = None, torch.zeros(height, W, device=images.device)
+    step = max(1, plan.window_batch // B)
+    for top, after in zip(tops, [*tops[1:], H]):
+        for i in range(0, len(lefts), step):
+            some = lefts[i : i + step]
+            windows = torch.cat([images[:, :, top : top + height, left : left + width] for left in some])
+            masks, probs, extent = _masks(model, windows)
+            if band is None:
+                band = masks.new_zeros(B, probs.shape[2], height, W)
+            for j, left in enumerate(some):
+                rows = slice(j * B, (j + 1) * B)
+                canvas = {"out": band, "counts": counts, "window": (0, left)}
+                mask_decode(masks[rows], probs[rows], (height, width), "scores", extent=extent, **canvas)
+        done = after - top  # no later window reaches these rows
+        yield top, band[:, :, :done].div_(counts[:done])
+        for first in range(done, height, done):  # move up what is still open, in pieces that do not overlap
+            piece = slice(first, min(first + done, height))
+            band[:, :, first - done : piece.stop - done] = band[:, :, piece]
+            counts[first - done : piece.stop - done] = counts[piece]
+        band[:, :, height - done :], counts[height - done :] = 0, 0
+
+
+def _labels(parts: Iterator[tuple[int, Tensor]], size: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Argmax [B, *target] of scores of an image of `size` that arrive in rows, resized (bilinear) on the way."""
+    labels, written, before = None, 0, None
+    y = ((torch.arange(target[0], dtype=torch.float64) + 0.5) * (size[0] / target[0]) - 0.5).clamp(0, size[0] - 1)
+    for top, rows in parts:
+        B, K, height, width = rows.shape
+        if labels is None:
+            labels = torch.empty(B, *target, dtype=label_dtype(K), device=rows.device)
+            strip = max(STRIP_BYTES // (4 * B * K * max(width, target[1])), 1)
+        ready = int((y.ceil() < top + height).sum())  # rows whose neighbours are all there
+        for first in range(written, ready, strip):
+            here = slice(first, min(first + strip, ready))
+            scores = _between(rows, before, y[here] - top)
+            if width != target[1]:
+                scores = F.interpolate(scores, (scores.shape[2], target[1]), mode="bilinear", align_corners=False)
+            labels[:, here] = scores.argmax(1)
+        written, before = ready, rows[:, :, -1:].clone()
+    return labels
+
+
+def _between(rows: Tensor, before: Tensor | None, y: Tensor) -> Tensor:
+    """Scores [B, K, len(y), W] at heights y, linear between rows; row −1 is `before`, the last of the part above."""
+    low = y.floor().long()
+    index, last = low.to(rows.device), rows.shape[2] - 1
+    if torch.equal(y, low.to(y.dtype)):
+        consecutive = int(low[-1] - low[0]) + 1 == len(low)
+        return rows[:, :, int(low[0]) : int(low[-1]) + 1] if consecutive else rows.index_select(2, index)
+    weight = (y - low)[:, None].to(rows)
+    upper, lower = rows.index_select(2, index.clamp(min=0)), rows.index_select(2, (index + 1).clamp(max=last))
+    if before is not None and low[0] < 0:
+        upper = torch.where((index < 0)[:, None], before, upper)
+    return torch.lerp(upper, lower, weight)
 
 
 def _starts(length: int, window: int, stride: int) -> list[int]:

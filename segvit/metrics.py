@@ -9,13 +9,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """Fractions in 0…1. A class that is neither in truth nor in prediction has IoU NaN and is left out of means."""
+    """Fractions in 0…1. A class that is absent from the truth has IoU and accuracy NaN and is left out of means."""
 
     miou: float
     macc: float
     aacc: float
     iou: list[float]  # per class
-    acc: list[float]  # per class: recall; NaN where the class is absent from the truth
+    acc: list[float]  # per class: recall
     pixels: list[int]  # per class, in the truth
 
     def table(self, class_names: Sequence[str]) -> str:
@@ -24,10 +24,13 @@ class Scores:
         lines = [f"{'class':<{width}}    IoU    acc      pixels"]
         for name, iou, acc, pixels in zip(class_names, self.iou, self.acc, self.pixels):
             lines.append(f"{name:<{width}}  {_fraction(iou)}  {_fraction(acc)}  {pixels:>10}")
-        absent = [name for name, pixels in zip(class_names, self.pixels) if not pixels]
-        if absent:
-            lines.append(f"not in this set: {', '.join(absent)}")
+        if absent := self.absent(class_names):
+            lines.append(f"not in this set, left out of the means: {', '.join(absent)}")
         return "\n".join(lines)
+
+    def absent(self, class_names: Sequence[str]) -> list[str]:
+        """Classes that the truth does not have."""
+        return [name for name, pixels in zip(class_names, self.pixels) if not pixels]
 
 
 def _fraction(value: float) -> str:
@@ -72,7 +75,8 @@ class ConfusionMatrix:
         """Scores of everything so far."""
         counts = self.counts.double().cpu()
         hit, truth, predicted = counts.diag(), counts.sum(1), counts.sum(0)
-        iou, acc = hit / (truth + predicted - hit), hit / truth
+        there = torch.where(truth > 0, 1.0, torch.nan)
+        iou, acc = there * hit / (truth + predicted - hit), hit / truth
         return Scores(
             miou=iou.nanmean().item(),
             macc=acc.nanmean().item(),

@@ -1,11 +1,10 @@
-"""The training loop, evaluation on a data set, and checkpoints that are never half written."""
+"""The training loop, and evaluation on a data set."""
 
+import hashlib
 import json
 import math
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,13 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from segvit.data.folder import SegmentationFolder, read_classes
-from segvit.data.transforms import TrainTransform
 from segvit.inference import predict
 from segvit.losses import ATMLoss
 from segvit.metrics import ConfusionMatrix, Scores
-from segvit.models import SegViT
-from segvit.models.segvit import as_pair
+
+RECORD_EVERY = 10  # steps; elsewhere nothing waits for the device
 
 
 def polynomial(steps: int, warmup: int = 0, power: float = 1.0) -> Callable[[int], float]:
@@ -52,115 +49,195 @@ def fit(
     log: Path | None = None,
     validate: Callable[[int], Scores] | None = None,
     validate_every: int | None = None,
+    checkpoint: Callable[[dict], None] | None = None,
+    state: dict | None = None,
+    stopped: Callable[[], bool] = lambda: False,
     description: str = "training",
 ) -> list[dict]:
     """Train for `steps` optimizer steps: AdamW with the paper's parameter groups, polynomial decay, gradient clipping.
 
+    What is drawn at a step (samples, their augmentation, dropout) depends on the seed and the step alone, not on what
+    ran before or on the number of workers; so training that goes on from a checkpoint repeats the run that never
+    stopped.
+
     Args:
-        model, loss: a SegViT and its ATMLoss.
+        model: a SegViT.
+        loss: its ATMLoss.
         data: samples (image float [C, H, W], labels int64 [H, W]) of one size.
-        steps, batch_size, lr, weight_decay, decoder_lr (× lr), warmup (steps), power, clip (gradient norm): the recipe.
+        steps, batch_size, lr, weight_decay, decoder_lr (× lr), warmup (steps), power, clip (gradient norm): the recipe;
+            batch_size counts for each process.
         workers: processes that load data.
-        seed: of the data order and of the workers' augmentation.
+        seed: of the data order, augmentation and dropout.
         accelerator: an accelerate.Accelerator for device, precision and processes; None: where the model is.
-        log: file that gets every record as one line of JSON when it is made.
+        log: file to which every record is added as one line of JSON when it is made.
         validate: called with the step, every `validate_every` steps and after the last; the bar shows its mIoU.
+        checkpoint: called with a state before every validation, and when training is stopped.
+        state: of an earlier `checkpoint`, to go on from; the model must have its weights already.
+        stopped: asked after every step; true ends the training after a checkpoint.
         description: of the progress bar.
 
     Returns:
         One record every ten steps and at validations: step, loss, ce, focal, dice (last stage), lr, seconds, and miou.
 
     Raises:
-        FloatingPointError: the loss is no longer finite (seen at the next record); the model is left as it was then.
+        FloatingPointError: loss or gradients are no longer finite; names the files of the first such step.
+        KeyboardInterrupt: `stopped` said so.
     """
     groups = model.parameter_groups(lr, weight_decay, decoder_lr)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, polynomial(steps, warmup, power))
-    loader = _loader(data, batch_size, workers, seed, 1 if accelerator is None else accelerator.num_processes)
+    rates, factor = [group["lr"] for group in groups], polynomial(steps, warmup, power)
+    rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     network = model
     if accelerator is not None:
-        network, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        network, optimizer = accelerator.prepare(model, optimizer)
+    scaler = getattr(accelerator, "scaler", None)
+    done = 0
+    if state is not None:
+        done = state["step"]
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler is not None and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+    stream = _Stream(data, batch_size, seed, rank, processes)
     device = next(model.parameters()).device
     loss = loss.to(device)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    records, start, miou = [], time.perf_counter(), None
-    if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("")
+    first_bad = torch.zeros((), dtype=torch.int64, device=device)
+    records, miou = [], None
+    start = time.perf_counter() - (state["seconds"] if state else 0.0)
+
+    def due(step: int) -> bool:
+        return step == steps or bool(validate_every and step % validate_every == 0)
+
+    def save(record: dict) -> None:
+        if not all(p.isfinite().all() for p in parameters):
+            raise FloatingPointError(
+                f"the weights are no longer finite at step {record['step']}; lower the learning rate"
+            )
+        if checkpoint is not None:
+            scaling = None if scaler is None else scaler.state_dict()
+            now = {"step": record["step"], "seconds": record["seconds"], "record": dict(record)}
+            checkpoint(now | {"optimizer": optimizer.state_dict(), "scaler": scaling})
+
+    def finish(record: dict, stops: bool) -> float | None:
+        """Validate if it is time, and keep the record."""
+        if due(record["step"]) and validate is not None and not stops:
+            record["miou"] = _or_none(validate(record["step"]).miou)
+        records.append(record)
+        if log is not None:
+            with log.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        return record.get("miou", miou)
+
+    if state and "record" in state:  # training ended between this checkpoint and its validation
+        miou = finish(dict(state["record"]), False)
     quiet = accelerator is not None and not accelerator.is_main_process
-    with tqdm(total=steps, desc=description, unit="step", disable=quiet) as bar:
-        for step, (images, labels) in enumerate(_endless(loader, steps), 1):
+    with tqdm(total=steps, initial=done, desc=description, unit="step", disable=quiet) as bar:
+        for step, (images, labels) in enumerate(stream.batches(done, steps, workers), done + 1):
+            torch.manual_seed(_mix(seed, "step", step, rank))
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * factor(step - 1)
             network.train()
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            out = network(images)
-            terms = loss(out, labels)
+            terms = loss(network(images), labels)
             if accelerator is None:
                 terms.total.backward()
             else:
                 accelerator.backward(terms.total)
-            (nn.utils.clip_grad_norm_ if accelerator is None else accelerator.clip_grad_norm_)(parameters, clip)
+            norm = (nn.utils.clip_grad_norm_ if accelerator is None else accelerator.clip_grad_norm_)(parameters, clip)
             optimizer.step()
-            rate = schedule.get_last_lr()[0]
-            schedule.step()
             optimizer.zero_grad(set_to_none=True)
+            finite = terms.total.detach().isfinite()
+            if scaler is None:  # a scaler meets infinite gradients on purpose, and skips the step
+                finite = finite & norm.isfinite()
+            first_bad = torch.where(finite | (first_bad > 0), first_bad, step)
             bar.update()
-            validates = validate is not None and (step == steps or (validate_every and step % validate_every == 0))
-            if step % 10 == 0 or step == steps or validates:  # elsewhere nothing waits for the device
-                records.append(_record(step, terms, rate, time.perf_counter() - start))
-            if validates:
-                miou = records[-1]["miou"] = _or_none(validate(step).miou)
-            if log is not None and records and records[-1]["step"] == step:
-                with log.open("a") as file:
-                    file.write(json.dumps(records[-1]) + "\n")
-            if step % 10 == 0 or validates:
-                shown = {"loss": f"{records[-1]['loss']:.2f}", "img/s": f"{bar.n * batch_size / bar_seconds(bar):.1f}"}
+            stops = _agree(stopped, accelerator, step)
+            if step % RECORD_EVERY == 0 or due(step) or stops:
+                if first_bad.item():
+                    raise FloatingPointError(_blame(stream, int(first_bad), terms.total.item()))
+                record = {"step": step, **_values(terms), "lr": rates[0] * factor(step - 1)}
+                record["seconds"] = time.perf_counter() - start
+                if due(step) or stops:
+                    save(record)
+                miou = finish(record, stops)
+                speed = (step - done) * batch_size * processes / max(bar.format_dict["elapsed"], 1e-3)
+                shown = {"loss": f"{record['loss']:.2f}", "img/s": f"{speed:.1f}"}
                 bar.set_postfix(shown | ({} if miou is None else {"mIoU": f"{miou:.3f}"}))
+            if stops:
+                raise KeyboardInterrupt(f"stopped at step {step}")
     return records
 
 
-def bar_seconds(bar: tqdm) -> float:
-    return max(bar.format_dict["elapsed"], 1e-3)
+def _mix(*parts) -> int:
+    """A seed of its own for every combination of parts."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
 
 
-def _record(step: int, terms, lr: float, seconds: float) -> dict:
+class _Stream(Dataset):
+    """Samples in an endless order: epoch after epoch, each a permutation. Position p is the same sample, augmented in
+
+    the same way, whoever asks; a batch of all processes is a run of consecutive positions.
+    """
+
+    def __init__(self, data: Dataset, batch_size: int, seed: int, rank: int, processes: int):
+        self.data, self.batch_size, self.seed, self.rank, self.processes = data, batch_size, seed, rank, processes
+        self._epoch, self._order = -1, []
+
+    def index(self, position: int) -> int:
+        """Which sample of the data set is at a position."""
+        epoch, i = divmod(position, len(self.data))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(_mix(self.seed, "order", epoch))
+            self._epoch, self._order = epoch, torch.randperm(len(self.data), generator=generator).tolist()
+        return self._order[i]
+
+    def __getitem__(self, position: int):
+        generator = torch.default_generator
+        before = generator.get_state()
+        generator.manual_seed(_mix(self.seed, "sample", position))
+        try:
+            return self.data[self.index(position)]
+        finally:
+            generator.set_state(before)
+
+    def positions(self, step: int) -> range:
+        """Of all processes at a step, counted from 1."""
+        whole = self.batch_size * self.processes
+        return range((step - 1) * whole, step * whole)
+
+    def batches(self, done: int, steps: int, workers: int) -> DataLoader:
+        """This process's batches of the steps after `done`."""
+        own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        sampler = (list(self.positions(step)[own]) for step in range(done + 1, steps + 1))
+        return DataLoader(self, batch_sampler=sampler, num_workers=workers, pin_memory=torch.cuda.is_available())
+
+
+def _agree(stopped: Callable[[], bool], accelerator, step: int) -> bool:
+    """Whether to stop after this step; processes ask each other when they wait for the device anyway."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return stopped()
+    if step % RECORD_EVERY:
+        return False
+    return bool(accelerator.reduce(torch.tensor(float(stopped()), device=accelerator.device)).item())
+
+
+def _blame(stream: _Stream, step: int, loss: float) -> str:
+    """What to say when training broke down at a step."""
+    pairs = getattr(stream.data, "pairs", None)
+    found = sorted({stream.index(position) for position in stream.positions(step)})
+    names = ", ".join(str(pairs[i][0]) if pairs else f"sample {i}" for i in found)
+    what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradients are not finite"
+    return f"{what} since step {step}; lower the learning rate, or look at what that step saw: {names}"
+
+
+def _values(terms) -> dict[str, float]:
     values = {"loss": terms.total, "ce": terms.ce[-1], "focal": terms.focal[-1], "dice": terms.dice[-1]}
-    record = {"step": step, **{name: value.item() for name, value in values.items()}, "lr": lr, "seconds": seconds}
-    if not math.isfinite(record["loss"]):
-        raise FloatingPointError(f"the loss is {record['loss']} at step {step}; lower the learning rate")
-    return record
+    return {name: value.item() for name, value in values.items()}
 
 
 def _or_none(value: float) -> float | None:
     """NaN is no JSON."""
     return None if value != value else value
-
-
-def _loader(data: Dataset, batch_size: int, workers: int, seed: int, processes: int) -> DataLoader:
-    generator = torch.Generator().manual_seed(seed)
-    return DataLoader(
-        data,
-        batch_size,
-        shuffle=True,
-        drop_last=len(data)
-        >= batch_size * processes,  # else the last batch is the only one, or not every process gets it
-        num_workers=workers,
-        generator=generator,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _endless(loader: DataLoader, steps: int) -> Iterator:
-    """`steps` batches, over as many epochs as that takes."""
-    step = 0
-    while step < steps:
-        if len(loader) == 0:
-            raise ValueError("the data set is smaller than one batch for every process; lower the batch size")
-        for batch in loader:
-            yield batch
-            step += 1
-            if step == steps:
-                return
 
 
 def evaluate(model: nn.Module, data: Dataset, ignore_index: int = 255, progress: bool = True, **options) -> Scores:
@@ -171,7 +248,7 @@ def evaluate(model: nn.Module, data: Dataset, ignore_index: int = 255, progress:
         data: samples (image uint8 [C, H, W], labels [H, W]) of any sizes.
         ignore_index: label that does not count.
         progress: show a progress bar.
-        options: of segvit.predict, such as mode, crop_size, stride, scales, flip.
+        options: of segvit.predict, such as mode, crop_size, stride, short_side, scales, flip.
 
     Raises:
         ValueError: labels of another size than their image, or options that predict refuses.
@@ -181,130 +258,3 @@ def evaluate(model: nn.Module, data: Dataset, ignore_index: int = 255, progress:
         image, labels = data[i]
         matrix.update(predict(model, image[None], **options)[0].cpu(), labels)
     return matrix.compute()
-
-
-def save_checkpoint(model: nn.Module, folder: str | Path) -> None:
-    """safetensors + config.json in `folder`, complete or not at all: written beside it, then put in its place."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def train_folder(
-    data: str,
-    out: str,
-    backbone: str,
-    pretrained: bool | str = True,
-    classes: str | None = None,
-    shrink: str | None = None,
-    crop: int | Sequence[int] = 512,
-    scale: Sequence[float] = (0.5, 2.0),
-    steps: int = 20000,
-    batch_size: int = 8,
-    lr: float = 1e-4,
-    decoder_lr: float = 10.0,
-    weight_decay: float = 0.01,
-    warmup: int | None = None,
-    drop_path: float = 0.1,
-    freeze_backbone: bool = False,
-    activation_checkpointing: bool = False,
-    ignore_index: int = 255,
-    ignored: str = "masked",
-    precision: str = "no",
-    validate_every: int | None = None,
-    workers: int = 0,
-    seed: int = 0,
-) -> dict:
-    """`segvit train`: train on DATA/train, validate on DATA/val at full size, keep the best and the last checkpoint.
-
-    Writes OUT/best, OUT/last (safetensors + config.json) and OUT/log.jsonl (one record a line).
-
-    Returns:
-        miou of the best validation, checkpoint (its folder), records (see fit), main_process.
-
-    Raises:
-        RuntimeError: Accelerate is not installed.
-        ValueError, FileNotFoundError: data or arguments that do not fit, named.
-    """
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import set_seed
-    except ImportError as error:
-        raise RuntimeError("training needs Accelerate: pip install 'segvit[train]'") from error
-    if steps < 1 or batch_size < 1:
-        raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
-    if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-        raise ValueError(f"scale must be [from, to], got {list(scale)}")
-    crop = as_pair("crop", crop)
-    set_seed(seed)
-    names = read_classes(classes or Path(data, "classes.txt"))
-    pretrained = {"true": True, "false": False}.get(str(pretrained).lower(), pretrained)
-    folders = {part: SegmentationFolder(Path(data, part), names, ignore_index) for part in ("train", "val")}
-    model = SegViT(
-        backbone,
-        len(names),
-        crop,
-        shrink=shrink,
-        drop_path=drop_path,
-        pretrained=pretrained,
-        class_names=names,
-        activation_checkpointing=activation_checkpointing,
-        freeze_backbone=freeze_backbone,
-    )
-    accelerator = Accelerator(mixed_precision={"False": "no"}.get(str(precision), precision))  # YAML reads no as false
-    folders["train"].transform = TrainTransform(crop, model.mean.tolist(), model.std.tolist(), ignore_index, scale)
-    folder, best = Path(out), {"miou": -1.0}
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder}: cannot write there")
-    seen: set[int] = set()
-    for i in tqdm(
-        range(len(folders["val"])), desc="checking val", disable=not accelerator.is_main_process, leave=False
-    ):
-        seen |= set(folders["val"][i][1].unique().tolist())  # what is wrong should stop the run now, not after hours
-    if seen <= {ignore_index}:
-        raise ValueError(f"{folders['val'].root}: every label is {ignore_index}, which is ignored; there is no truth")
-    if seen == {0, 255} and len(names) == 2 and ignore_index == 255:
-        raise ValueError(f"{folders['val'].root}: labels are 0 and 255, a binary mask? 255 is ignored; write 1 instead")
-
-    def validate(step: int) -> Scores:
-        if accelerator.is_main_process:
-            save_checkpoint(model, folder / "last")
-        scores = evaluate(model, folders["val"], ignore_index, progress=accelerator.is_main_process)
-        if best["miou"] < 0 or scores.miou > best["miou"]:
-            best.update(miou=scores.miou if scores.miou == scores.miou else 0.0, checkpoint=str(folder / "best"))
-            if accelerator.is_main_process:
-                save_checkpoint(model, folder / "best")
-        accelerator.wait_for_everyone()
-        return scores
-
-    try:
-        records = fit(
-            model,
-            ATMLoss(len(names), ignore_index, ignored),
-            folders["train"],
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            weight_decay=weight_decay,
-            decoder_lr=decoder_lr,
-            warmup=steps // 20 if warmup is None else warmup,
-            workers=workers,
-            seed=seed,
-            accelerator=accelerator,
-            log=folder / "log.jsonl" if accelerator.is_main_process else None,
-            validate=validate,
-            validate_every=validate_every,
-        )
-    except KeyboardInterrupt:
-        if accelerator.is_main_process:
-            save_checkpoint(model, folder / "last")
-        raise
-    return best | {"records": records, "main_process": accelerator.is_main_process}

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 VOID = (0, 0, 0)  # ignored pixels
 ROW, SWATCH, GAP = 20, 14, 8  # of legends, in pixels
+LEAST_ROWS = 12  # of a legend, even beside a picture that is less high
 
 
 def palette(num_classes: int) -> np.ndarray:  # [K, 3] uint8
@@ -21,9 +22,10 @@ def palette(num_classes: int) -> np.ndarray:  # [K, 3] uint8
 
 def colourise(labels: np.ndarray, num_classes: int) -> np.ndarray:  # [H, W] -> [H, W, 3] uint8
     """Class colours; black where a label is no class."""
-    table = np.vstack([palette(num_classes), VOID]).astype(np.uint8)
-    labels = labels.astype(np.int64)
-    return table[np.where((labels >= 0) & (labels < num_classes), labels, num_classes)]
+    table = np.vstack([palette(num_classes), np.tile(VOID, (max(256 - num_classes, 1), 1))]).astype(np.uint8)
+    if labels.dtype != np.uint8 or num_classes > 256:
+        labels = np.where((labels >= 0) & (labels < num_classes), labels, num_classes)
+    return table[labels]
 
 
 def label_image(labels: np.ndarray, num_classes: int) -> Image.Image:
@@ -43,24 +45,31 @@ def overlay(image: Image.Image, labels: np.ndarray, class_names: Sequence[str], 
 
 
 def comparison(
-    rows: Sequence[tuple[Image.Image, np.ndarray, np.ndarray]],  # image, truth [H, W], prediction [H, W]
+    rows: Sequence[tuple[Image.Image, ...]],  # image, then label maps [H, W]: truth, or truth and prediction
     class_names: Sequence[str],
-    scale: int = 1,
+    side: int,
 ) -> Image.Image:
-    """One row a sample: image, truth, prediction; headings above, legend beside."""
+    """One row a sample: image, truth and, if given, prediction, at most `side` pixels wide and high; with a legend."""
     K = len(class_names)
-    width, height = (n * scale for n in rows[0][0].size)
-    canvas = Image.new("RGB", (3 * width + 2 * GAP, ROW + len(rows) * (height + GAP) - GAP), "white")
+    sizes = [_fit(image.size, side) for image, *_ in rows]
+    width, columns = max(w for w, _ in sizes), len(rows[0])
+    tops = np.cumsum([ROW, *(height + GAP for _, height in sizes)])
+    canvas = Image.new("RGB", (columns * (width + GAP) - GAP, int(tops[-1]) - GAP), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for column, heading in enumerate(("image", "truth", "prediction")):
+    for column, heading in zip(range(columns), ("image", "truth", "prediction")):
         draw.text((column * (width + GAP) + 2, 2), heading, fill="black", font=font)
-    for r, (image, truth, predicted) in enumerate(rows):
-        pictures = (image.convert("RGB"), *(Image.fromarray(colourise(labels, K)) for labels in (truth, predicted)))
+    for top, size, (image, *maps) in zip(tops.tolist(), sizes, rows):
+        pictures = (image.convert("RGB"), *(Image.fromarray(colourise(labels, K)) for labels in maps))
         for column, picture in enumerate(pictures):
             method = Image.Resampling.NEAREST if column else Image.Resampling.BICUBIC
-            canvas.paste(picture.resize((width, height), method), (column * (width + GAP), ROW + r * (height + GAP)))
-    names = _occurring([labels for _, *both in rows for labels in both], class_names)
-    return _with_legend(canvas, names, K)
+            canvas.paste(picture.resize(size, method), (column * (width + GAP), top))
+    return _with_legend(canvas, _occurring([labels for _, *maps in rows for labels in maps], class_names), K)
+
+
+def _fit(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(width, height) whose longer side is `side`."""
+    scale = side / max(size)
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
 
 def _occurring(maps: Sequence[np.ndarray], class_names: Sequence[str]) -> list[tuple[int, str]]:
@@ -72,21 +81,23 @@ def _occurring(maps: Sequence[np.ndarray], class_names: Sequence[str]) -> list[t
 
 
 def _with_legend(picture: Image.Image, names: list[tuple[int, str]], num_classes: int) -> Image.Image:
-    """The picture with a column of colours and names to its right."""
-    font = ImageFont.load_default(13)
+    """The picture with colours and names to its right, in letters that grow with it and as many columns as need be."""
+    scale = max(1.0, picture.height / 800)
+    row, swatch, gap = (round(n * scale) for n in (ROW, SWATCH, GAP))
+    font = ImageFont.load_default(13 * scale)
     colours = np.vstack([palette(num_classes), VOID])
     text = max((font.getlength(name) for _, name in names), default=0)
-    width = int(text) + SWATCH + 3 * GAP
-    columns = -(-len(names) * ROW // max(picture.height - GAP, ROW))
-    canvas = Image.new("RGB", (picture.width + columns * width, picture.height), "white")
+    width = int(text) + swatch + 3 * gap
+    per_column = max((picture.height - gap) // row, min(len(names), LEAST_ROWS))
+    columns = -(-len(names) // max(per_column, 1))
+    height = max(picture.height, gap + row * min(len(names), per_column))
+    canvas = Image.new("RGB", (picture.width + columns * width, height), "white")
     canvas.paste(picture, (0, 0))
     draw = ImageDraw.Draw(canvas)
-    per_column = -(-len(names) // max(columns, 1))
     for i, (number, name) in enumerate(names):
-        left = picture.width + GAP + i // per_column * width
-        top = GAP // 2 + i % per_column * ROW
-        draw.rectangle(
-            (left, top, left + SWATCH, top + SWATCH), fill=tuple(int(c) for c in colours[number]), outline="black"
-        )
-        draw.text((left + SWATCH + GAP, top - 1), name, fill="black", font=font)
+        left = picture.width + gap + i // per_column * width
+        top = gap // 2 + i % per_column * row
+        fill = tuple(int(c) for c in colours[number])
+        draw.rectangle((left, top, left + swatch, top + swatch), fill=fill, outline="black")
+        draw.text((left + swatch + gap, top - 1), name, fill="black", font=font)
     return canvas

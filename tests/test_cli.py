@@ -7,10 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from test_training import shapes_folder  # noqa: F401  (a fixture)
+from test_convert import official_case
+from test_runs import shapes_folder  # noqa: F401  (a fixture)
 
-from segvit.cli import COMMANDS, EXAMPLES, main
+import segvit
+from segvit.cli import COMMANDS, EXAMPLES, RECIPES, main
 
 TINY = ["--backbone", "vit_tiny_patch16_224", "--pretrained", "false", "--crop", "[32,32]", "--batch_size", "2"]
 
@@ -19,7 +22,7 @@ TINY = ["--backbone", "vit_tiny_patch16_224", "--pretrained", "false", "--crop",
 def checkpoint(shapes_folder, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp("run")
     assert main(["train", str(shapes_folder), *TINY, "--steps", "3", "--out", str(out)]) == 0
-    return out / "best"
+    return out
 
 
 def test_train_prints_miou_and_the_checkpoint(shapes_folder, tmp_path, capsys):  # noqa: F811
@@ -32,6 +35,38 @@ def test_train_prints_miou_and_the_checkpoint(shapes_folder, tmp_path, capsys): 
     miou, path = capsys.readouterr().out.strip().splitlines()
     assert miou.startswith("mIoU 0.")
     assert path == str(tmp_path / "run" / "best")
+    assert main(["train", "--config", str(config), *rest, "--steps", "3", "--resume"]) == 0
+    assert "resuming with steps 3, which was 2" in capsys.readouterr().err
+
+
+def test_recipes_are_configurations_by_name(shapes_folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    for option in (["--config", "custom"], ["--config=custom"]):
+        assert main(["train", str(shapes_folder), *option, *TINY, "--steps", "1", "--overwrite"]) == 0
+    for recipe in (path.stem for path in RECIPES.glob("*.yaml")):
+        assert main(["train", "nowhere", "--config", recipe, "--out", "new"]) == 1
+        assert "nowhere" in capsys.readouterr().err
+
+
+def test_check_data(shapes_folder, tmp_path, capsys):  # noqa: F811
+    picture = tmp_path / "check.png"
+    assert main(["check-data", str(shapes_folder), "--picture", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "train: 12 images, 64x48 (12); channels RGB (12)" in out
+    assert "val: 4 images" in out
+    assert Image.open(picture).width > 720
+    assert main(["check-data", str(shapes_folder / "val"), "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["ok"] is True
+    assert [part["images"] for part in value["parts"]] == [4]
+    assert main(["check-data", str(shapes_folder), "--json", "--label_map", "{0: 255}"]) == 0
+    assert json.loads(capsys.readouterr().out)["parts"][0]["classes"]["background"]["pixels"] == 0
+    names = tmp_path / "two.txt"
+    names.write_text("background\ndisc\n")
+    assert main(["check-data", str(shapes_folder), "--json", "--classes", str(names)]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["ok"] is False
+    assert "the data has problems that training would refuse" in captured.err
 
 
 def test_two_processes_train_together(shapes_folder, tmp_path):  # noqa: F811
@@ -51,8 +86,28 @@ def test_evaluate(checkpoint, shapes_folder, capsys):  # noqa: F811
     assert 0 <= scores["miou"] <= 1
     assert scores["images"] == 4
     assert set(scores["iou"]) == {"background", "disc", "square", "triangle", "ring", "cross"}
-    assert main(["evaluate", str(checkpoint), str(shapes_folder / "val"), "--mode", "slide", "--flip", "true"]) == 0
+    assert set(scores["absent"]) == {name for name, iou in scores["iou"].items() if iou is None}
+    assert main(["evaluate", str(checkpoint), str(shapes_folder), "--json"]) == 0  # a whole data set: its val part
+    assert json.loads(capsys.readouterr().out) == scores
+    assert main(["evaluate", str(checkpoint), str(shapes_folder / "val"), "--mode", "slide", "--flip"]) == 0
     assert "mIoU 0." in capsys.readouterr().out
+    assert main(["evaluate", str(checkpoint), str(shapes_folder), "--part", "train", "--short_side", "32"]) == 0
+    assert "on 12 images" in capsys.readouterr().out
+
+
+def test_evaluating_on_other_classes_is_refused(checkpoint, shapes_folder, tmp_path, capsys):  # noqa: F811
+    names = tmp_path / "names.txt"
+    arguments = ["evaluate", str(checkpoint), str(shapes_folder), "--classes", str(names)]
+    for text, message in (
+        ("background\ndisc\n", "the model has 6 classes, the data 2"),
+        (
+            "background\nsquare\ndisc\ntriangle\nring\ncross\n",
+            "class 1 is 'disc' to the model, but 'square' in the data",
+        ),
+    ):
+        names.write_text(text)
+        assert main(arguments) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_predict_files_and_folders(checkpoint, shapes_folder, tmp_path, capsys):  # noqa: F811
@@ -64,6 +119,34 @@ def test_predict_files_and_folders(checkpoint, shapes_folder, tmp_path, capsys):
     assert "5 label maps and overlays" in capsys.readouterr().out
     assert np.asarray(Image.open(out / "photo.png")).shape == (33, 71)
     assert Image.open(out / "photo_overlay.png").width > 71
+
+
+def test_unreadable_images_are_left_out_of_a_prediction_and_said(checkpoint, shapes_folder, tmp_path, capsys):  # noqa: F811
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("L", (40, 30)).save(folder / "a.png")
+    (folder / "b.jpg").write_bytes(b"no image")
+    Image.new("RGBA", (1, 1)).save(folder / "c.png")
+    out = tmp_path / "out"
+    assert main(["predict", str(checkpoint), str(folder), "--out", str(out)]) == 1
+    captured = capsys.readouterr()
+    assert "2 label maps and overlays" in captured.out
+    assert "1 of 3 images left out: " in captured.err
+    assert "b.jpg: not a readable image" in captured.err
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "a_overlay.png", "c.png", "c_overlay.png"]
+    assert Image.open(out / "c.png").size == (1, 1)
+
+
+def test_convert(tmp_path, capsys):
+    state, config = official_case()
+    torch.save({"state_dict": state, "meta": {"epoch": 1}}, tmp_path / "a.pth")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ["convert", str(tmp_path / "a.pth"), str(tmp_path / "out"), "--config", str(tmp_path / "config.json")]
+    assert main(arguments) == 0
+    assert "3 classes, 32x32 pixels" in capsys.readouterr().out
+    segvit.SegViT.from_pretrained(tmp_path / "out")
+    assert main(arguments) == 1
+    assert "out exists already" in capsys.readouterr().err
 
 
 def test_models_json_is_one_list_and_nothing_else():
@@ -98,27 +181,35 @@ def test_every_command_has_help_with_an_example(command, capsys):
         (["train"], 2, "required"),
         (["train", "DATA", "--steps", "many"], 2, "steps"),
         (["train", "DATA", "--wings", "2"], 2, "wings"),
-        (["train", "nowhere"], 1, "nowhere/classes.txt: no such file"),
+        (["train", "nowhere"], 1, "nowhere: no such folder"),
         (["train", "nowhere", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["train", "DATA", "--backbone", "vit_tini_patch16_224"], 1, "near: vit_tiny_patch16_224"),
         (["train", "DATA", *TINY, "--crop", "[32]"], 1, "crop must be an int or (height, width)"),
         (["train", "DATA", *TINY, "--shrink", "v9"], 1, "shrink must be"),
         (["evaluate", "nowhere", "DATA/val"], 1, "nowhere"),
+        (["train", "DATA", *TINY, "--config", "no_such_recipe"], 2, "no_such_recipe"),
+        (["train", "DATA", *TINY, "--label_map", "{0: 77}"], 1, "0 goes to 77, which is neither a class"),
+        (["train", "DATA", *TINY, "--layout", "voc"], 1, "layout must be one of folder, ade20k"),
+        (["train", "DATA", *TINY, "--out", "DATA/classes.txt"], 1, "is a file; choose another folder"),
+        (["check-data", "nowhere"], 1, "nowhere: no such folder"),
+        (["check-data", "DATA/train/images", "--classes", "DATA/classes.txt"], 1, "no folder images"),
+        (["convert", "nowhere.pth", "out"], 1, "nowhere.pth: no such file"),
+        (["convert", "DATA/classes.txt", "out"], 1, "classes.txt: not a readable checkpoint"),
         (["evaluate", "DATA", "DATA/val"], 1, "no checkpoint there"),
         (["predict", "CHECKPOINT", "nowhere.jpg"], 1, "nowhere.jpg: no such file or folder"),
         (["predict", "CHECKPOINT", "DATA"], 1, "no images in this folder"),
-        (["predict", "CHECKPOINT", "DATA/classes.txt"], 1, "not a readable image"),
+        (["predict", "CHECKPOINT", "DATA/classes.txt"], 1, "1 of 1 images left out: DATA/classes.txt: not a readable"),
         (["predict", "CHECKPOINT", "DATA/val/images", "DATA/train/images"], 1, "would overwrite each other"),
         (
-            ["predict", "CHECKPOINT", "DATA/val/images", "--crop", "[32,32]"],
+            ["predict", "CHECKPOINT", "DATA/val/images", "--mode", "whole", "--crop", "[32,32]"],
             1,
-            "--crop and --stride go with --mode slide",
+            "--crop and --stride go with --mode slide or auto",
         ),
         (["predict", "runs/typo", "DATA/val/images"], 1, "runs/typo: no checkpoint there"),
         (["predict", "CHECKPOINT", "DATA/val/labels", "--out", "DATA/val/labels"], 1, "would be overwritten"),
         (["train", "DATA", *TINY, "--pretrained", "DATA/classes.txt"], 1, "cannot load"),
-        (["train", "DATA", *TINY, "--steps", "0"], 1, "steps and batch_size must be at least 1"),
-        (["predict", "CHECKPOINT", "DATA/val/images", "--mode", "tiles"], 1, "mode must be one of whole, slide"),
+        (["train", "DATA", *TINY, "--steps", "0"], 1, "steps must be at least 1"),
+        (["predict", "CHECKPOINT", "DATA/val/images", "--mode", "tiles"], 1, "mode must be one of whole, slide, auto"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, code, message, checkpoint, shapes_folder, tmp_path, monkeypatch, capfd):  # noqa: F811
@@ -131,6 +222,6 @@ def test_mistakes_end_in_one_line(arguments, code, message, checkpoint, shapes_f
     captured = capfd.readouterr()
     lines = [line for line in captured.err.splitlines() if line.strip() and "%|" not in line]
     assert len(lines) == 1, captured.err
-    assert message in lines[0]
+    assert message in lines[0].replace(str(shapes_folder), "DATA")
     assert "Traceback" not in captured.err + captured.out
     assert not captured.out

@@ -1,14 +1,16 @@
 """Parity with the authors' implementation, on golden outputs of theirs, and on a small case of our own that ships."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import segvit
-from segvit.convert import official_names
+from segvit.convert import _published, convert_checkpoint, official_names, read_official
 from segvit.models.backbone import resize_pos_embed
+from segvit.models.registry import ModelInfo
 
 CASES = ["A_atm_vit64", "A2_atm_vit64_cls_finalnorm", "C_shrunk128"]
 SMALL = Path(__file__).parent / "data" / "small.safetensors"
@@ -25,6 +27,13 @@ SMALL_CONFIG = {
     },
     "decode_head": {"type": "ATMHead", "in_channels": 16, "num_classes": 3, "num_layers": 2, "num_heads": 1},
 }
+
+
+def official_case():
+    """The small case's parameters under their official names, and the official model dict."""
+    tensors = load_file(SMALL)
+    state = {name.removeprefix("state/"): value for name, value in tensors.items() if name.startswith("state/")}
+    return state, SMALL_CONFIG
 
 
 def load(case):
@@ -169,3 +178,73 @@ def test_what_does_not_fit_is_named():
         segvit.from_official(state, {"backbone": {"type": "Swin"}, "decode_head": {}})
     with pytest.raises(ValueError, match="backbone has no 'img_size'"):
         segvit.from_official(state, {"type": "VisionTransformer"})
+
+
+@pytest.mark.parametrize("kind", ["pth", "wrapped", "ddp", "safetensors"])
+def test_checkpoint_files_are_read_whatever_wraps_them(kind, tmp_path):
+    state, config = official_case()
+    path = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pth")
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        stored = {f"module.{name}": value for name, value in state.items()} if kind == "ddp" else state
+        torch.save({"meta": {"CLASSES": ("a", "b")}, "state_dict": stored} if kind == "wrapped" else stored, path)
+    (tmp_path / "config.json").write_text(json.dumps({"model": config}))
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    convert_checkpoint(path, tmp_path / "out", config=tmp_path / "config.json", classes=tmp_path / "names.txt")
+    model = segvit.SegViT.from_pretrained(tmp_path / "out").eval()
+    assert model.class_names == ["a", "b", "c"]
+    images = torch.randn(1, 3, 29, 35)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).mask_logits, segvit.from_official(state, config)(images).mask_logits)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (Path.touch, (Path(HARM),))
+
+
+HARM = "/tmp/segvit_test_this_file_must_never_exist"
+
+
+def test_pickles_that_would_run_code_are_refused_unread(tmp_path):
+    torch.save({"state_dict": {}, "meta": Harmful()}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"would run code that is stored in it, so it is refused.*safetensors"):
+        read_official(tmp_path / "a.pth")
+    assert not Path(HARM).exists()
+    (tmp_path / "b.pth").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"b\.pth: not a readable checkpoint"):
+        read_official(tmp_path / "b.pth")
+    torch.save([1, 2], tmp_path / "c.pth")
+    with pytest.raises(ValueError, match="no checkpoint, but a list"):
+        read_official(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("info", [info for info in segvit.list_models() if info.published], ids=lambda info: info.name)
+def test_published_models_are_told_by_their_shapes(info):
+    shrunk = "shrink" in info.arguments
+    state = {f"backbone.layers.{i}.ln1.weight": torch.ones(1) for i in range(info.arguments["out_indices"][-1] + 1)}
+    state |= {"decode_head.atm.q.weight": torch.ones(1)} if shrunk else {}
+    state[f"decode_head.{'atm.' if shrunk else ''}class_embed.bias"] = torch.zeros(info.num_classes + 1)
+    assert _published(state, None) == info
+    assert _published({}, info.name) == info
+    with pytest.raises(ValueError, match=r"none of the paper's models has these parameters"):
+        _published({}, None)
+    with pytest.raises(ValueError, match="model must be one of the paper's"):
+        _published(state, "segvit_small_dinov3_512")
+
+
+def test_a_published_model_is_converted_by_its_name(tmp_path, monkeypatch):
+    """Through the named model's own constructor, made small."""
+    state, config = official_case()
+    small = segvit.from_official(state, config)._hub_mixin_config
+    info = ModelInfo("segvit_base_ade20k_512", True, small)
+    monkeypatch.setattr("segvit.convert.list_models", lambda: [info])
+    monkeypatch.setattr("segvit.convert.create_model", lambda name, **rest: segvit.SegViT(**(small | rest)))
+    monkeypatch.setattr("segvit.convert.find_classes", lambda out, layout: [f"{layout} {i}" for i in range(3)])
+    torch.save(state, tmp_path / "a.pth")
+    model = convert_checkpoint(tmp_path / "a.pth", tmp_path / "out", model="segvit_base_ade20k_512")
+    assert model.class_names == ["ade20k 0", "ade20k 1", "ade20k 2"]
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).mask_logits, segvit.from_official(state, config)(images).mask_logits)

@@ -5,7 +5,8 @@ from conftest import shared
 from PIL import Image
 from torchvision.transforms import v2
 
-from segvit.data import SegmentationFolder, Shapes, read_classes
+from segvit.data import Shapes, open_data, read_classes, read_image
+from segvit.data.layouts import has_part, split_pairs, write_table
 from segvit.data.transforms import RandomScaleCrop, TrainTransform
 
 
@@ -44,7 +45,7 @@ def test_shapes_have_every_class_background_and_ignored_pixels():
 
 
 def test_folder_reads_pairs(folder):
-    data = SegmentationFolder(folder, ["a", "b"])
+    data = open_data(folder, classes=["a", "b"])
     assert len(data) == 3
     image, labels = data[1]
     assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(np.array(Image.open(folder / "images" / "1.png"))))
@@ -55,45 +56,239 @@ def test_a_label_that_is_no_class_is_named_with_its_file(folder):
     with pytest.raises(
         ValueError, match=r"labels/0\.png: label 1 is no class: there are 1 classes \(0 to 0\), and 255"
     ):
-        SegmentationFolder(folder, ["a"])[0]
+        open_data(folder, classes=["a"])[0]
 
 
 def test_indexed_label_maps_are_read_by_index(folder):
     image = Image.fromarray(np.eye(20, 30, dtype=np.uint8), "P")
     image.putpalette([9, 9, 9, 200, 0, 0])
     image.save(folder / "labels" / "0.png")
-    assert SegmentationFolder(folder, ["a", "b"])[0][1].unique().tolist() == [0, 1]
+    assert open_data(folder, classes=["a", "b"])[0][1].unique().tolist() == [0, 1]
 
 
 def test_what_is_missing_or_does_not_fit_is_named(folder):
     classes = ["a", "b"]
-    with pytest.raises(FileNotFoundError, match="images: no such folder"):
-        SegmentationFolder(folder / "nowhere", classes)
+
+    def opened(**options):
+        return open_data(folder, classes=classes, **options)
+
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        open_data(folder / "nowhere", classes=classes)
+    with pytest.raises(FileNotFoundError, match="no folder train/images or images/train or training/images"):
+        opened(part="train")
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "labels" / "0.png")
-    with pytest.raises(ValueError, match=r"0\.png: the label map is \(9, 9\), its image \(20, 30\)"):
-        SegmentationFolder(folder, classes)[0]
+    with pytest.raises(ValueError, match=r"0\.png: the label map is 9x9, its image 30x20"):
+        opened()[0]
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(folder / "labels" / "0.png")
-    with pytest.raises(ValueError, match="a label image has one channel of class numbers, this one has mode RGB"):
-        SegmentationFolder(folder, classes)[0]
+    with pytest.raises(ValueError, match=r"one channel of class numbers, this one has mode RGB; if its colours mean"):
+        opened()[0]
     Image.fromarray(np.zeros((20, 30), np.uint16)).save(folder / "images" / "2.png")
     with pytest.raises(ValueError, match=r"2\.png: the image has mode I;16, 16 or 32 bits a pixel"):
-        SegmentationFolder(folder, classes)[2]
+        opened()[2]
     with pytest.raises(ValueError, match="ignore_index 1 is the number of the class 'b'"):
-        SegmentationFolder(folder, classes, ignore_index=1)
+        opened(ignore_index=1)
+    with pytest.raises(ValueError, match="layout must be one of folder, ade20k"):
+        opened(layout="coco")
     Image.new("RGB", (30, 20)).save(folder / "images" / "1.jpg")
-    with pytest.raises(ValueError, match="several images are called 1"):
-        SegmentationFolder(folder, classes)
+    with pytest.raises(ValueError, match=r"1\.jpg and 1\.png have the same name"):
+        opened()
     (folder / "images" / "1.jpg").unlink()
     (folder / "images" / "1.png").write_bytes((folder / "images" / "1.png").read_bytes()[:300])
     with pytest.raises(ValueError, match=r"1\.png: not a readable image"):
-        SegmentationFolder(folder, classes)[1]
+        opened()[1]
     (folder / "labels" / "2.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 of 3 images have no label map .*, first 2\.png"):
-        SegmentationFolder(folder, classes)
+    with pytest.raises(FileNotFoundError, match=r"1 of 3 images have no label map .*, first 2\.png$"):
+        opened()
+    Image.new("L", (30, 20)).save(folder / "labels" / "2.jpg")
+    with pytest.raises(FileNotFoundError, match=r"first 2\.png; JPEG is no format for labels"):
+        opened()
     for path in (folder / "images").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match="no images"):
-        SegmentationFolder(folder, classes)
+    with pytest.raises(FileNotFoundError, match="no folder images with files"):
+        opened()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK"])
+def test_every_8_bit_image_is_read_as_rgb_or_grey(mode, tmp_path):
+    name = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    Image.new("RGB", (1, 1), (200, 200, 200)).convert(mode).save(name)
+    assert read_image(name).mode == "RGB"
+    assert read_image(name).size == (1, 1)
+    assert read_image(name, channels=1).mode == "L"
+
+
+def test_a_truncated_jpeg_is_named(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:800])
+    with pytest.raises(ValueError, match=r"a\.jpg: not a readable image \(image file is truncated"):
+        read_image(path)
+    path.write_text("no image")
+    with pytest.raises(ValueError, match=r"a\.jpg: not a readable image \(no image, or a damaged one\)"):
+        read_image(path)
+
+
+def test_labels_are_renumbered(folder):
+    def labels(**options):
+        return open_data(folder, classes=["a", "b"], **options)[0][1]
+
+    raw = labels()
+    assert torch.equal(labels(label_map={0: 1, 1: 0}), torch.where(raw == 255, 255, 1 - raw))
+    assert torch.equal(labels(label_map={255: 0}), raw % 255)
+    shifted = torch.where(raw == 0, 255, torch.where(raw == 1, 0, raw))
+    assert torch.equal(labels(reduce_zero_label=True), shifted)
+    assert torch.equal(labels(reduce_zero_label=True, label_map={0: 1}), torch.where(shifted == 0, 1, shifted))
+
+
+def test_colours_become_classes(folder):
+    colours = np.array([[64, 0, 128], [0, 0, 0], [255, 255, 255]], np.uint8)
+    index = np.random.default_rng(1).integers(0, 3, (20, 30))
+    Image.fromarray(colours[index]).save(folder / "labels" / "0.png")
+    named = {"#400080": 1, "#000000": 0, "#FFFFFF": 255}
+    data = open_data(folder, classes=["a", "b"], label_map=named)
+    assert torch.equal(data[0][1], torch.tensor([1, 0, 255])[torch.from_numpy(index)])
+    named.pop("#FFFFFF")
+    with pytest.raises(ValueError, match="label #ffffff is no class: label_map names 2 colours"):
+        open_data(folder, classes=["a", "b"], label_map=named)[0]
+
+
+@pytest.mark.parametrize(
+    ("label_map", "message"),
+    [
+        ({0: 2}, "0 goes to 2, which is neither a class"),
+        ({0: "a"}, "0 goes to 'a'"),
+        ({"zero": 1}, "'zero' is neither a number from 0 to 65535 nor #rrggbb"),
+        ({-1: 1}, "-1 is neither a number"),
+        ({"#12": 1}, "'#12' is no colour"),
+        ({"#000000": 1, 3: 0}, "either numbers or colours"),
+    ],
+)
+def test_maps_that_mean_nothing_are_refused(folder, label_map, message):
+    with pytest.raises(ValueError, match=message):
+        open_data(folder, classes=["a", "b"], label_map=label_map)
+
+
+def test_tables(folder):
+    table = folder / "data.csv"
+    table.write_text("image,label,part\nimages/0.png,labels/0.png,train\nimages/2.png,labels/2.png,val\n")
+    data = open_data(table, "val", classes=["a", "b"])
+    assert data.pairs == [(folder / "images/2.png", folder / "labels/2.png")]
+    assert has_part(table, "train")
+    assert not has_part(table, "test")
+    assert not has_part(table, None)
+    write_table(folder / "other.csv", data.pairs)
+    assert has_part(folder / "other.csv", None)
+    again = open_data(folder / "other.csv", classes=["a", "b"])
+    assert torch.equal(again[0][1], data[0][1])
+    (folder / "classes.txt").write_text("a\nb\n")
+    assert open_data(table, "train").classes == ["a", "b"]
+    for text, message in (
+        ("image,label\nimages/0.png,\n", r"a row without image or label \(number 2\)"),
+        ("picture,mask\na,b\n", "the first line must name the columns image and label, got picture, mask"),
+        ("image,label\n", "no rows"),
+        ("image,label\nimages/9.png,labels/0.png\n", r"images/9\.png: no such file, named in .*data\.csv"),
+    ):
+        table.write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            open_data(table, classes=["a", "b"])
+    with pytest.raises(FileNotFoundError, match=r"none\.csv: no such file"):
+        open_data(folder / "none.csv", classes=["a", "b"])
+
+
+def test_a_held_out_part_is_the_same_every_time(folder):
+    pairs = open_data(folder, classes=["a", "b"]).pairs
+    train, val = split_pairs(pairs, 0.1)
+    assert (len(train), len(val)) == (2, 1)
+    assert sorted(train + val) == sorted(pairs)
+    assert split_pairs(pairs, 0.1) == (train, val)
+    with pytest.raises(ValueError, match="val_fraction must be between 0 and 1"):
+        split_pairs(pairs, 1.5)
+    with pytest.raises(ValueError, match="one image cannot be split"):
+        split_pairs(pairs[:1], 0.5)
+
+
+def save(path, values):
+    """One row of pixels: an image where the folder is named so, else a label map."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.array([values])
+    if path.suffix == ".mat":
+        savemat = pytest.importorskip("scipy.io").savemat
+        savemat(path, {"S": array.astype(np.uint8)})
+    elif path.suffix == ".jpg" or "leftImg8bit" in path.name:
+        Image.new("RGB", (len(values), 1)).save(path)
+    else:
+        Image.fromarray(array.astype(np.uint8)).save(path)
+
+
+LAYOUT_CASES = {  # layout: (files of one pair, labels in the file, class numbers, K, a name and its number)
+    "ade20k": (
+        ["images/{training}/a.jpg", "annotations/{training}/a.png"],
+        ([0, 1, 150], [255, 0, 149], 150, ("flag", 149)),
+    ),
+    "cocostuff10k": (
+        ["images/{}COCO_1.jpg", "annotations/{}COCO_1.mat"],
+        ([0, 1, 13, 182], [255, 0, 11, 170], 171, ("stop sign", 11)),
+    ),
+    "pascal_context_59": (
+        ["JPEGImages/{}2008_1.jpg", "SegmentationClassContext/{}2008_1.png"],
+        ([0, 1, 59], [255, 0, 58], 59, ("wood", 58)),
+    ),
+    "pascal_context_60": (
+        ["JPEGImages/{}2008_1.jpg", "SegmentationClassContext/{}2008_1.png"],
+        ([0, 1, 59], [0, 1, 59], 60, ("background", 0)),
+    ),
+    "cityscapes": (
+        ["leftImg8bit/{train}/ulm/ulm_1_leftImg8bit.png", "gtFine/{train}/ulm/ulm_1_gtFine_labelIds.png"],
+        ([0, 7, 11, 6, 33, 255], [255, 0, 2, 255, 18, 255], 19, ("bicycle", 18)),
+    ),
+    "camvid": (["{train}/0001TP.png", "{train}annot/0001TP.png"], ([0, 10, 11], [0, 10, 255], 11, ("sky", 0))),
+}
+LISTS = {
+    "cocostuff10k": ("imageLists/{}.txt", "test", "COCO_1"),
+    "pascal_context_59": ("ImageSets/SegmentationContext/{}.txt", "val", "2008_1"),
+    "pascal_context_60": ("ImageSets/SegmentationContext/{}.txt", "val", "2008_1"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUT_CASES)
+def test_well_known_data_sets_are_read_as_they_are_downloaded(layout, tmp_path):
+    files, (raw, wanted, K, (name, number)) = LAYOUT_CASES[layout]
+    val = {"training": "validation", "train": "val"}
+    for part in ("train", "val"):
+        for file in files:
+            for own, other in val.items():
+                file = file.replace(f"{{{own}}}", own if part == "train" else other)
+            save(tmp_path / file.format(""), raw)
+    if layout == "cityscapes":
+        save(tmp_path / "gtFine/val/ulm/ulm_1_gtFine_color.png", raw)
+    if layout == "camvid":  # the images of that set are PNG too
+        for part in ("train", "val"):
+            Image.new("RGB", (len(raw), 1)).save(tmp_path / part / "0001TP.png")
+    if layout in LISTS:
+        place, val_name, stem = LISTS[layout]
+        for part in ("train", val_name):
+            (tmp_path / place.format(part)).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / place.format(part)).write_text(f"{stem}\n")
+    for part in ("train", "val"):
+        assert has_part(tmp_path, part, layout)
+        data = open_data(tmp_path, part, layout)
+        assert (len(data), len(data.classes)) == (1, K)
+        assert data.classes[number] == name
+        assert data[0][1].tolist() == [wanted]
+    if layout in LISTS:
+        (tmp_path / place.format("train")).write_text("other\n")
+        with pytest.raises(FileNotFoundError, match="1 of 1 listed images are absent: other"):
+            open_data(tmp_path, "train", layout)
+
+
+def test_real_ade20k_samples():
+    root = shared("ade20k_samples") / "sampleData"
+    data = open_data(root, layout="ade20k")
+    assert len(data) == 3
+    found = {data.classes[i] for _, labels in data for i in labels.unique().tolist() if i != 255}
+    assert {"sky", "building", "tree", "wall"} <= found
+    raw = np.array(Image.open(root / "annotations" / "ADE_val_00000001.png")).astype(int)
+    assert torch.equal(data[0][1], torch.from_numpy(np.where(raw == 0, 255, raw - 1)))
 
 
 def test_classes(tmp_path):
@@ -168,7 +363,7 @@ def test_crops_avoid_one_class_covering_nearly_everything():
 def test_camvid_reads():
     root = shared("camvid")
     classes = read_classes(root / "classes.txt")
-    data = SegmentationFolder(root / "val", classes)
+    data = open_data(root, "val")
     image, labels = data[0]
     assert image.shape[1:] == labels.shape == (360, 480)
     assert labels[labels != 255].max() < len(classes) == 11

@@ -33,15 +33,17 @@ def test_equals_torchmetrics():
     assert scores.aacc == pytest.approx(micro.compute().item())
 
 
-def test_a_class_that_is_nowhere_is_left_out_and_said():
+def test_a_class_that_is_absent_from_the_truth_is_left_out_and_said():
     matrix = ConfusionMatrix(4)
     matrix.update(torch.tensor([0, 0, 1, 3]), torch.tensor([0, 1, 1, 0]))
     scores = matrix.compute()
     assert math.isnan(scores.iou[2])
-    assert scores.iou[3] == 0  # predicted, though absent from the truth
-    assert scores.miou == pytest.approx((1 / 3 + 1 / 2 + 0) / 3)
+    assert math.isnan(scores.iou[3])  # predicted, though absent from the truth: an error of class 0 alone
+    assert scores.miou == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert scores.aacc == pytest.approx(1 / 2)
+    assert scores.absent(["a", "b", "c", "d"]) == ["c", "d"]
     table = scores.table(["a", "b", "c", "d"])
-    assert "not in this set: c, d" in table
+    assert "not in this set, left out of the means: c, d" in table
     assert "0.333" in table
 
 

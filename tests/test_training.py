@@ -1,7 +1,5 @@
-import json
-import shutil
+import copy
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,7 +7,7 @@ from PIL import Image
 import segvit
 from segvit.data import Shapes
 from segvit.demo import run_demo, small_model
-from segvit.training import evaluate, fit, polynomial, save_checkpoint, train_folder
+from segvit.training import _Stream, evaluate, fit, polynomial
 
 
 class Cropped(Shapes):
@@ -51,11 +49,45 @@ def test_loss_falls_and_the_run_repeats_bit_for_bit():
     assert first[-1] < 0.9 * first[0]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run():
+@pytest.mark.parametrize("bad_step", [3, 10])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_it_saw(bad_step):
+    class Poisoned(Cropped):
+        pairs = [(f"image_{i}.png", f"label_{i}.png") for i in range(64)]  # noqa: RUF012
+
+        def __getitem__(self, i):
+            image, labels = super().__getitem__(i)
+            return (image * float("nan") if i == bad else image), labels
+
+    data = Poisoned(64, 32)
+    order = _Stream(data, 2, 0, 0, 1)
+    seen = [order.index(position) for position in order.positions(bad_step)]
+    bad = seen[1]
+    names = ", ".join(f"image_{i}.png" for i in sorted(seen))
+    with pytest.raises(
+        FloatingPointError, match=f"is nan since step {bad_step}; lower the learning rate, .*: {names}$"
+    ):
+        fit(model(), segvit.ATMLoss(6), data, steps=20, batch_size=2)
+
+
+def test_gradients_that_are_not_finite_stop_the_run_too():
     m = model()
-    m.decoder.class_embed.bias.data[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 10; lower the learning rate"):
+    m.decoder.class_embed.weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(
+        FloatingPointError, match=r"the (gradients are not finite|loss is nan) since step 1; .*: sample"
+    ):
         fit(m, segvit.ATMLoss(6), Cropped(16, 32), steps=20, batch_size=2)
+
+
+def test_weights_that_are_not_finite_are_not_kept():
+    class Ruining(segvit.ATMLoss):
+        def forward(self, out, labels):
+            m.decoder.class_embed.bias.data[0] = float("inf")  # after the forward pass, so that this loss is still good
+            return super().forward(out, labels)
+
+    saved, m = [], model()
+    with pytest.raises(FloatingPointError, match="the weights are no longer finite at step 1; lower the learning rate"):
+        fit(m, Ruining(6), Cropped(16, 32), steps=1, batch_size=2, checkpoint=saved.append)
+    assert not saved
 
 
 def test_fewer_samples_than_a_batch_still_train():
@@ -63,37 +95,67 @@ def test_fewer_samples_than_a_batch_still_train():
     assert records[-1]["step"] == 4
 
 
-def test_a_data_set_without_a_whole_batch_for_every_process_says_so():
-    from segvit.training import _endless
-
-    with pytest.raises(ValueError, match="smaller than one batch for every process"):
-        next(_endless([], 3))
-
-
-def test_checkpoints_replace_each_other_whole(tmp_path):
-    first, second = model(), model()
-    save_checkpoint(first, tmp_path / "last")
-    save_checkpoint(second, tmp_path / "last")
-    assert [p.name for p in tmp_path.iterdir()] == ["last"]
-    again = segvit.SegViT.from_pretrained(tmp_path / "last")
-    assert torch.equal(again.decoder.queries, second.decoder.queries)
+def test_every_epoch_is_a_permutation_and_processes_share_it():
+    data = Cropped(10, 32)
+    stream = _Stream(data, 2, 7, 0, 1)
+    epochs = [[stream.index(10 * epoch + i) for i in range(10)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [_Stream(data, 2, 8, 0, 1).index(i) for i in range(10)] != epochs[0]
+    shares = [_Stream(data, 2, 7, rank, 2) for rank in (0, 1)]
+    batches = [list(share.batches(1, 3, 0).batch_sampler) for share in shares]
+    assert batches == [[[4, 5], [8, 9]], [[6, 7], [10, 11]]]
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    first = model()
-    save_checkpoint(first, tmp_path / "last")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_drawn_depends_on_the_step_alone(workers):
+    def noisy(image, labels):
+        return image.float() / 127.5 - 1 + torch.randn(image.shape), labels
 
-    def full_disk(folder):
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"half")
-        raise OSError("no space left on device")
+    stream = _Stream(Shapes(10, 32, transform=noisy), 2, 7, 0, 1)
+    want = [stream[position][0] for position in range(6, 10)]
+    torch.manual_seed(99)
+    got = torch.cat([images for images, _ in stream.batches(3, 5, workers)])
+    assert torch.equal(got, torch.stack(want))
 
-    second = model()
-    monkeypatch.setattr(second, "save_pretrained", full_disk)
-    with pytest.raises(OSError, match="no space left"):
-        save_checkpoint(second, tmp_path / "last")
-    again = segvit.SegViT.from_pretrained(tmp_path / "last")
-    assert torch.equal(again.decoder.queries, first.decoder.queries)
+
+def test_training_that_goes_on_repeats_the_run_that_never_stopped(tmp_path):
+    """Bit for bit, with dropout, drop path and augmentation."""
+    saved = {}
+
+    def keep(state):
+        saved[state["step"]] = (copy.deepcopy(m.state_dict()), copy.deepcopy(state))
+
+    def train(**kwargs):
+        return fit(m, segvit.ATMLoss(6), data, steps=12, batch_size=4, lr=1e-3, validate_every=6, **kwargs)
+
+    data = Cropped(20, 32)
+    torch.manual_seed(0)
+    m = model(dropout=0.1, drop_path=0.2)
+    records = train(checkpoint=keep)
+    want = m.state_dict()
+    assert set(saved) == {6, 12}
+    m = model(dropout=0.1, drop_path=0.2)
+    weights, state = saved[6]
+    m.load_state_dict(weights)
+    again = train(state=state)
+    assert [r["loss"] for r in again] == [r["loss"] for r in records]  # the record at the checkpoint is repeated
+    assert all(torch.equal(value, want[name]) for name, value in m.state_dict().items())
+
+
+def test_stopping_keeps_a_checkpoint(tmp_path):
+    saved, asked = [], iter([False, False, True])
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 3"):
+        fit(
+            model(),
+            segvit.ATMLoss(6),
+            Cropped(16, 32),
+            steps=12,
+            batch_size=2,
+            checkpoint=saved.append,
+            stopped=lambda: next(asked),
+        )
+    assert [state["step"] for state in saved] == [3]
 
 
 def test_evaluate_is_the_confusion_of_predictions():
@@ -105,67 +167,6 @@ def test_evaluate_is_the_confusion_of_predictions():
         right += (predicted == labels).sum().item()
         total += (labels != 255).sum().item()
     assert scores.aacc == pytest.approx(right / total)
-
-
-@pytest.fixture(scope="session")
-def shapes_folder(tmp_path_factory):
-    """The embedded data set as files: train (12) and val (4), 48×64."""
-    root = tmp_path_factory.mktemp("shapes")
-    for part, count, seed in (("train", 12, 1), ("val", 4, 2)):
-        for name in ("images", "labels"):
-            (root / part / name).mkdir(parents=True)
-        data = Shapes(count, 64, seed=seed)
-        for i in range(count):
-            image, labels = data[i]
-            Image.fromarray(image.permute(1, 2, 0).numpy()[:48]).save(root / part / "images" / f"{i}.jpg")
-            Image.fromarray(labels.numpy()[:48].astype(np.uint8)).save(root / part / "labels" / f"{i}.png")
-    (root / "classes.txt").write_text("\n".join(Shapes.classes))
-    return root
-
-
-def test_training_on_a_folder_writes_checkpoints_and_a_log(shapes_folder, tmp_path):
-    result = train_folder(
-        str(shapes_folder),
-        str(tmp_path / "run"),
-        "vit_tiny_patch16_224",
-        pretrained=False,
-        crop=(32, 32),
-        steps=12,
-        batch_size=2,
-        validate_every=6,
-    )
-    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert records == json.loads(json.dumps(result["records"]))
-    assert [r["step"] for r in records if "miou" in r] == [6, 12]
-    assert result["miou"] == max(r["miou"] for r in records if "miou" in r)
-    best = segvit.SegViT.from_pretrained(result["checkpoint"])
-    assert best.class_names == list(Shapes.classes)
-    assert best.image_size == (32, 32)
-    assert (tmp_path / "run" / "last" / "config.json").is_file()
-
-
-def test_binary_masks_of_0_and_255_and_sets_without_truth_are_refused(shapes_folder, tmp_path):
-    root = tmp_path / "binary"
-    shutil.copytree(shapes_folder, root)
-    (root / "classes.txt").write_text("background\nobject\n")
-    arguments = (str(root), str(tmp_path / "run"), "vit_tiny_patch16_224")
-    for value, message in ((0, "labels are 0 and 255, a binary mask"), (255, "every label is 255, which is ignored")):
-        for path in (root / "val" / "labels").iterdir():
-            labels = np.full((48, 64), 255, np.uint8)
-            labels[:20] = value
-            Image.fromarray(labels).save(path)
-        with pytest.raises(ValueError, match=message):
-            train_folder(*arguments, pretrained=False, crop=32, steps=1)
-
-
-def test_ctrl_c_keeps_the_last_weights(shapes_folder, tmp_path, monkeypatch):
-    def stopped(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("segvit.training.fit", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        train_folder(str(shapes_folder), str(tmp_path / "run"), "vit_tiny_patch16_224", pretrained=False, crop=32)
-    segvit.SegViT.from_pretrained(tmp_path / "run" / "last")
 
 
 def test_the_demo_writes_its_picture_and_model(tmp_path):

@@ -39,12 +39,25 @@ def test_overlay_has_the_image_and_a_legend_beside_it():
 
 def test_comparison_has_a_row_a_sample():
     rows = [(Image.new("RGB", (20, 10)), np.zeros((10, 20), int), np.full((10, 20), 255))] * 3
-    picture = comparison(rows, ["a"], scale=3)
+    picture = comparison(rows, ["a"], side=60)
     assert picture.width > 3 * 60
-    assert picture.height > 3 * 30
+    assert 3 * 30 < picture.height < 3 * 60
+    tall = (Image.new("RGB", (10, 30)), np.zeros((30, 10), int), np.zeros((30, 10), int))
+    assert comparison([*rows, tall], ["a"], side=60).height == picture.height + 60 + 8
+    assert comparison([row[:2] for row in rows], ["a"], side=60).width < picture.width
 
 
-def test_a_legend_of_many_classes_stays_inside_a_small_picture():
+def test_a_legend_of_many_classes_fits_beside_a_small_picture():
     labels = np.arange(150).reshape(10, 15).astype(np.uint8)
     picture = overlay(Image.new("RGB", (15, 10)), labels, [f"class {i}" for i in range(150)])
-    assert picture.height == 10
+    colours = np.asarray(picture)[:, 15:].reshape(-1, 3)
+    shown = {tuple(c) for c in colours}
+    assert {tuple(c) for c in palette(150)} <= shown
+    assert picture.width < 6 * picture.height
+
+
+def test_a_legend_grows_with_the_picture():
+    names, labels = ["sky"], np.zeros((3200, 100), np.uint8)
+    large = overlay(Image.new("RGB", (100, 3200)), labels, names)
+    small = overlay(Image.new("RGB", (100, 800)), labels[:800], names)
+    assert large.width - 100 > 3 * (small.width - 100)

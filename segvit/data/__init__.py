@@ -1,7 +1,9 @@
-"""Data sets and augmentation."""
+"""Data sets, their checking, and augmentation."""
 
-from .folder import SegmentationFolder, read_classes
+from .check import check_data
+from .dataset import SegmentationDataset, read_classes
 from .images import read_image, read_labels
+from .layouts import open_data
 from .shapes import Shapes
 
-__all__ = ["SegmentationFolder", "Shapes", "read_classes", "read_image", "read_labels"]
+__all__ = ["SegmentationDataset", "Shapes", "check_data", "open_data", "read_classes", "read_image", "read_labels"]

@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 
 
 class RandomScaleCrop(v2.Transform):
-    """Resize by a random factor, then crop to `size`; where the image is too small, pad right and bottom.
+    """Resize by a random factor (of `short_side`, if given), then crop to `size`; too small images are padded.
 
     A crop in which one class covers more than cat_max_ratio of the labelled pixels is drawn again, up to ten times.
     """
@@ -20,12 +20,15 @@ class RandomScaleCrop(v2.Transform):
         scale: tuple[float, float] = (0.5, 2.0),
         ignore_index: int = 255,
         cat_max_ratio: float = 0.75,
+        short_side: int | None = None,
     ):
         super().__init__()
         self.size, self.scale, self.ignore_index, self.cat_max_ratio = tuple(size), scale, ignore_index, cat_max_ratio
+        self.short_side = short_side
 
     def forward(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         factor = torch.empty(()).uniform_(*self.scale).item()
+        factor *= self.short_side / min(image.shape[-2:]) if self.short_side else 1
         size = [max(round(n * factor), 1) for n in image.shape[-2:]]
         image, labels = v2.functional.resize(image, size, antialias=True), v2.functional.resize(labels, size)
         padding = [0, 0, max(self.size[1] - size[1], 0), max(self.size[0] - size[0], 0)]
@@ -51,9 +54,11 @@ class TrainTransform:
         std: Sequence[float],
         ignore_index: int = 255,
         scale: tuple[float, float] = (0.5, 2.0),
+        short_side: int | None = None,
     ):
         colour = [v2.RandomPhotometricDistort()] if len(mean) == 3 else []
-        self.augment = v2.Compose([RandomScaleCrop(size, scale, ignore_index), v2.RandomHorizontalFlip(), *colour])
+        crop = RandomScaleCrop(size, scale, ignore_index, short_side=short_side)
+        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(), *colour])
         self.mean, self.std = (torch.tensor(list(values))[:, None, None] for values in (mean, std))
 
     def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,21 @@ from segvit.models.backbone import Backbone, Features
 from segvit.models.decoder import ATMDecoder, init_decoder
 from segvit.models.shrunk import QueryUpsample
 
+MODEL_CARD = """---
+{{ card_data }}
+---
+A [SegViT](https://arxiv.org/abs/2210.05844) for semantic segmentation, trained with the library `segvit`.
+
+```python
+import segvit
+
+model = segvit.SegViT.from_pretrained("{{ repo_id | default("ORGANISATION/NAME") }}")
+labels = segvit.predict(model, "photo.jpg")  # [1, H, W] class numbers, named in model.class_names
+```
+
+Its backbone's pretrained weights and its training data have licences of their own.
+"""
+
 
 class SegViTOutput(NamedTuple):
     class_logits: Tensor  # [S, B, N, K+1] float32; the last column is "no object"; the last stage is the final one
@@ -25,8 +40,10 @@ class SegViT(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="segvit",
-    tags=["image-segmentation", "segvit"],
-    license="apache-2.0",
+    tags=["segvit", "semantic-segmentation"],
+    pipeline_tag="image-segmentation",
+    paper_url="https://arxiv.org/abs/2210.05844",
+    model_card_template=MODEL_CARD,
 ):
     """Semantic segmentation with a plain Vision Transformer (SegViT, arXiv 2210.05844).
 

@@ -1,0 +1,198 @@
+"""The data checker: what is in a data set, what would stop or silently ruin a training, and what to do about it."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import ImageOps
+from tqdm import tqdm
+
+from segvit.data.dataset import SegmentationDataset
+from segvit.data.images import open_image, read_image
+
+SHOWN = 5  # problems of one kind that are named one by one
+
+
+@dataclass
+class Report:
+    """What one part of a data set holds."""
+
+    part: str
+    classes: list[str]
+    images: int = 0
+    sizes: Counter = field(default_factory=Counter)  # "640x480": images
+    modes: Counter = field(default_factory=Counter)  # Pillow's names of channels: "RGB", "L", "RGBA" …: images
+    pixels: np.ndarray = None  # [K] labelled pixels
+    images_with: np.ndarray = None  # [K] images in which the class occurs
+    ignored: int = 0  # pixels
+    problems: list[str] = field(default_factory=list)  # training refuses these
+    hints: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)  # of image files: their path
+
+    def to_dict(self) -> dict:
+        """Everything but the digests, ready for JSON."""
+        total = max(int(self.pixels.sum()) + self.ignored, 1)
+        rows = zip(self.classes, self.pixels.tolist(), self.images_with.tolist())
+        return {
+            "part": self.part,
+            "images": self.images,
+            "sizes": dict(self.sizes.most_common()),
+            "channels": dict(self.modes.most_common()),
+            "classes": {name: {"share": n / total, "pixels": n, "images": images} for name, n, images in rows},
+            "ignored_share": self.ignored / total,
+            "problems": self.problems,
+            "hints": self.hints,
+        }
+
+    def text(self) -> str:
+        """A table for people."""
+        total = max(int(self.pixels.sum()) + self.ignored, 1)
+        sizes = ", ".join(f"{size} ({n})" for size, n in self.sizes.most_common(3))
+        sizes += f" and {len(self.sizes) - 3} more sizes" if len(self.sizes) > 3 else ""
+        modes = ", ".join(f"{mode} ({n})" for mode, n in self.modes.most_common())
+        width = max(len(name) for name in (*self.classes, "ignored"))
+        lines = [f"{self.part}: {self.images} images, {sizes}; channels {modes}"]
+        lines.append(f"  {'class':<{width}}   share  images")
+        for name, pixels, images in zip(self.classes, self.pixels, self.images_with):
+            if not images:  # named in a hint
+                continue
+            lines.append(f"  {name:<{width}}  {100 * pixels / total:5.1f} %  {images:>6}")
+        lines.append(f"  {'ignored':<{width}}  {100 * self.ignored / total:5.1f} %")
+        lines += [f"  hint: {hint}" for hint in self.hints] + [f"  PROBLEM: {problem}" for problem in self.problems]
+        return "\n".join(lines)
+
+
+@dataclass
+class _Sample:
+    """What one pair of files holds, or what is wrong with it."""
+
+    problem: str | None = None
+    size: str = ""
+    mode: str = ""
+    digest: str = ""
+    counts: np.ndarray | None = None  # [K]
+    ignored: int = 0
+    raw: tuple[int, ...] = ()  # labels as the file has them
+    unknown: tuple[int, ...] = ()
+
+
+def check_data(dataset: SegmentationDataset, part: str = "data", progress: bool = True) -> Report:
+    """Read every file of a data set and report sizes, channels, classes, and what is wrong.
+
+    Every image is decoded and every label compared, in as many threads as there are CPU cores; memory does not depend
+    on the number of images.
+
+    Args:
+        dataset: of open_data.
+        part: its name in the report.
+        progress: show a progress bar.
+    """
+    K = len(dataset.classes)
+    report = Report(part, dataset.classes, pixels=np.zeros(K, np.int64), images_with=np.zeros(K, np.int64))
+    raw: Counter[int] = Counter()
+    unknown: dict[int, list[str]] = {}
+    broken: list[str] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        samples = pool.map(lambda i: _inspect(dataset, i), range(len(dataset)))
+        for i, sample in enumerate(
+            tqdm(samples, total=len(dataset), desc=f"checking {part}", unit="image", disable=not progress, leave=False)
+        ):
+            report.images += 1
+            if sample.problem:
+                broken.append(sample.problem)
+                continue
+            report.sizes[sample.size] += 1
+            report.modes[sample.mode] += 1
+            report.digests[sample.digest] = str(dataset.pairs[i][0])
+            report.pixels += sample.counts
+            report.images_with += sample.counts > 0
+            report.ignored += sample.ignored
+            raw.update(sample.raw)
+            for value in sample.unknown:
+                unknown.setdefault(value, []).append(str(dataset.pairs[i][1]))
+    report.problems += broken[:SHOWN] + ([f"and {len(broken) - SHOWN} more files"] if len(broken) > SHOWN else [])
+    for value, files in sorted(unknown.items())[:SHOWN]:
+        where = f"{files[0]}: " if len(files) == 1 else f"{len(files)} label maps, first {files[0]}: "
+        report.problems.append(f"{where}label {dataset.describe(value)} is no class: {dataset.known()}")
+    if len(unknown) > SHOWN:
+        report.problems.append(f"and {len(unknown) - SHOWN} more unknown labels")
+    _judge(report, dataset, set(raw), set(unknown))
+    return report
+
+
+def _inspect(dataset: SegmentationDataset, i: int) -> _Sample:
+    image_path, label_path = dataset.pairs[i]
+    try:
+        stored = open_image(image_path)
+        image = read_image(image_path, dataset.channels)
+        raw, labels = dataset.read_labels(i)
+        digest = hashlib.blake2b(image_path.read_bytes(), digest_size=16).hexdigest()
+    except (ValueError, OSError, RuntimeError) as error:
+        return _Sample(problem=str(error))
+    if labels.shape != (image.height, image.width):
+        turned = labels.shape == (stored.height, stored.width) and "; it was drawn without the image's EXIF rotation"
+        sizes = f"the label map is {labels.shape[1]}x{labels.shape[0]}, its image {image.width}x{image.height}"
+        return _Sample(problem=f"{label_path}: {sizes}{turned or ''}")
+    strange = dataset.unknown(labels)
+    known = labels[~strange & (labels != dataset.ignore_index)]
+    return _Sample(
+        size=f"{image.width}x{image.height}",
+        mode=stored.mode + (" turned by EXIF" if ImageOps.exif_transpose(stored).size != stored.size else ""),
+        digest=digest,
+        counts=np.bincount(known, minlength=len(dataset.classes)),
+        ignored=int((labels == dataset.ignore_index).sum()),
+        raw=tuple(np.unique(raw).tolist()),
+        unknown=tuple(np.unique(raw[strange]).tolist()),
+    )
+
+
+def _judge(report: Report, dataset: SegmentationDataset, raw: set[int], unknown: set[int]) -> None:
+    """What the numbers mean: problems that a training cannot survive, and hints."""
+    K, found = len(report.classes), report.images_with > 0
+    binary = raw == {0, 255} and K <= 2 and not dataset.colours
+    remedy = 'labels are 0 and 255: a binary mask? Name two classes and use --label_map "{255: 1}"'
+    if binary and report.ignored:
+        report.problems.append(f"{remedy}; as it is, 255 is ignored and one class is all there is")
+    elif binary and unknown:
+        report.hints.append(remedy)
+    elif report.images and not found.any() and not report.problems:
+        report.problems.append(f"every label is ignored ({dataset.ignore_index}); there is no truth to learn from")
+    elif K > 1 and found.sum() == 1 and not report.problems:
+        name = report.classes[int(found.argmax())]
+        report.problems.append(f"{name!r} is the only class that occurs; there is nothing to tell apart")
+    if K in unknown and raw <= {*range(K + 1), dataset.ignore_index} and not dataset.colours:
+        absent = "0 never occurs" if 0 not in raw else "is 0 no class?"
+        found_labels = f"labels go from {min(raw)} to {K}, one too many"
+        report.hints.append(f"{found_labels}: {absent} --reduce_zero_label true shifts them")
+    elif raw and unknown and len(raw) > 2 * K + 20 and not dataset.colours:
+        report.hints.append(f"{len(raw)} labels for {K} classes: were the masks blurred, resized or saved as JPEG?")
+    if found.any():
+        absent = [name for name, there in zip(report.classes, found) if not there]
+        if absent and not report.problems:
+            report.hints.append(f"classes that never occur: {_some(absent)}")
+        if report.ignored > report.pixels.sum():
+            report.hints.append("more pixels are ignored than labelled")
+    if len({mode.split(" ")[0] for mode in report.modes}) > 1:
+        read_as = "RGB" if dataset.channels == 3 else "grey"
+        report.hints.append(f"images have different channels; all are read as {read_as}")
+    small = [size for size in report.sizes if min(map(int, size.split("x"))) < 32]
+    if small:
+        report.hints.append(f"images under 32 pixels: {_some(small)}")
+
+
+def compare_parts(train: Report, val: Report) -> None:
+    """Hints that take both parts: classes that were never trained, and images that are in both."""
+    untrained = [n for n, t, v in zip(train.classes, train.images_with, val.images_with) if v and not t]
+    if untrained and train.images_with.any():
+        val.hints.append(f"classes that occur here but never in {train.part}: {_some(untrained)}")
+    both = [path for digest, path in val.digests.items() if digest in train.digests]
+    if both:
+        val.hints.append(f"{len(both)} images are in {train.part} too, so mIoU will look too good; first {both[0]}")
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
