@@ -82,7 +82,7 @@ def _occurring(maps: Sequence[np.ndarray], class_names: Sequence[str]) -> list[t
 
 def _with_legend(picture: Image.Image, names: list[tuple[int, str]], num_classes: int) -> Image.Image:
     """The picture with colours and names to its right, in letters that grow with it and as many columns as need be."""
-    scale = max(1.0, picture.height / 800)
+    scale = max(1.0, min(picture.size) / 800)
     row, swatch, gap = (round(n * scale) for n in (ROW, SWATCH, GAP))
     font = ImageFont.load_default(13 * scale)
     colours = np.vstack([palette(num_classes), VOID])

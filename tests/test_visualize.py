@@ -57,7 +57,7 @@ def test_a_legend_of_many_classes_fits_beside_a_small_picture():
 
 
 def test_a_legend_grows_with_the_picture():
-    names, labels = ["sky"], np.zeros((3200, 100), np.uint8)
-    large = overlay(Image.new("RGB", (100, 3200)), labels, names)
-    small = overlay(Image.new("RGB", (100, 800)), labels[:800], names)
-    assert large.width - 100 > 3 * (small.width - 100)
+    names, labels = ["sky"], np.zeros((2400, 2400), np.uint8)
+    large = overlay(Image.new("RGB", (2400, 2400)), labels, names)
+    small = overlay(Image.new("RGB", (800, 800)), labels[:800, :800], names)
+    assert large.width - 2400 > 2.5 * (small.width - 800)
