@@ -33,6 +33,13 @@ def save_checkpoint(model: nn.Module, folder: str | Path, state: dict | None = N
     shutil.rmtree(old, ignore_errors=True)
 
 
+def restore(folder: Path) -> None:
+    """Put back what save_checkpoint had moved away when it was killed."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+
+
 def step_folders(run: str | Path) -> list[Path]:
     """Checkpoints RUN/step_… that training can go on from, oldest first."""
     return sorted(path.parent for path in Path(run).glob(f"step_*/{STATE}"))
@@ -53,20 +60,22 @@ def load_state(folder: Path) -> dict:
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises what its reader raises
-        remedy = f"remove {folder} to go on from the checkpoint before it"
-        raise ValueError(f"{folder / STATE}: cannot be read ({error}); {remedy}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{folder / STATE}: cannot be read; --model {folder} starts from its weights ({reason})"
+        ) from error
 
 
 def load_model(checkpoint: str | Path) -> SegViT:
-    """A saved model: a folder, a run (its best model), or a name on the Hub.
+    """A saved model: a folder, a run (its best model, or before the first validation its newest), or a name on the Hub.
 
     Raises:
         FileNotFoundError: no checkpoint there.
         ValueError: one that cannot be loaded.
     """
     name, folder = str(checkpoint), Path(checkpoint)
-    if (folder / "best" / "config.json").is_file():
-        folder = folder / "best"
+    runs = [path for path in (folder / "best", *reversed(step_folders(folder))) if (path / "config.json").is_file()]
+    folder = runs[0] if runs else folder
     on_hub = name.count("/") == 1 and not folder.exists() and not folder.parent.is_dir()
     if not (folder / "config.json").is_file() and not on_hub:
         raise FileNotFoundError(f"{checkpoint}: no checkpoint there (a folder with config.json and model.safetensors)")

@@ -23,12 +23,16 @@ EXAMPLES = {
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """A wrong argument is one line, not a page of usage; --flag alone means --flag true."""
+    """A wrong argument is one line, not a page of usage."""
 
-    def bare_flags(self) -> None:
-        for action in self._actions:
-            if getattr(action, "_typehint", None) is bool:
-                action.nargs, action.const = "?", True
+    def flags(self) -> set[str]:
+        """Options that are true or false."""
+        return {
+            name
+            for action in self._actions
+            if getattr(action, "_typehint", None) is bool
+            for name in action.option_strings
+        }
 
     def error(self, message: str, ex: Exception | None = None):
         line = " ".join(str(message).split())
@@ -36,29 +40,56 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def _fail(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # set by torchrun
+    print(line if rank == "0" else f"process {rank}: {line}", file=sys.stderr)
     return code
 
 
-def _parser(argv: list[str]) -> Parser:
-    """Arguments of the commands that occur in argv: the others' would import what they need, for nothing."""
+def _parse(argv: list[str]):
+    """Parsed arguments. Only the named command's are built: the others' would import what they need, for nothing."""
     parser = Parser(prog="segvit", description="Semantic segmentation with plain Vision Transformers.")
     parser.add_argument("--version", action="version", version=f"segvit {segvit.__version__}")
     commands = parser.add_subcommands(dest="command", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, (describe, arguments, _) in COMMANDS.items():
         command = Parser(description=describe, epilog=f"example: {EXAMPLES[name]}")
-        if name in argv:
+        if name == chosen:
             arguments(command)
-            command.bare_flags()
+            argv = _written_out(argv, command.flags())
         commands.add_subcommand(name, command, help=describe)
-    return parser
+    return parser.parse_args(_recipe_first(argv) if chosen == "train" else argv)
+
+
+def _written_out(argv: list[str], flags: set[str]) -> list[str]:
+    """--flag alone means --flag true, whatever follows it."""
+    following = [word.lower() for word in (*argv[1:], "")]
+    return [
+        f"{word}=true" if word in flags and after not in ("true", "false") else word
+        for word, after in zip(argv, following)
+    ]
+
+
+def _recipe_first(argv: list[str]) -> list[str]:
+    """--config before all other options, so that they override it; a name that is no file is segvit's own recipe."""
+    rest, configs = list(argv), []
+    for i, word in reversed(list(enumerate(argv))):
+        if word == "--config" and i + 1 < len(argv):
+            configs.insert(0, argv[i + 1])
+            del rest[i : i + 2]
+        elif word.startswith("--config="):
+            configs.insert(0, word.removeprefix("--config="))
+            del rest[i]
+    place = rest.index("train") + 1
+    for name in reversed(configs):
+        recipe = RECIPES / f"{name}.yaml"
+        rest.insert(place, f"--config={recipe if recipe.is_file() and not Path(name).is_file() else name}")
+    return rest
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for data or files that do not fit, 2 for wrong arguments."""
     try:
-        argv = _named_recipes(sys.argv[1:] if argv is None else argv)
-        arguments = _parser(argv).parse_args(argv)
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
         COMMANDS[arguments.command][2](arguments[arguments.command])
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else _fail(str(stop.code), 1) if stop.code else 0
@@ -69,18 +100,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         return _fail(f"segvit: {stop or 'stopped'}", 130)
     return 0
-
-
-def _named_recipes(argv: list[str]) -> list[str]:
-    """--config NAME is the recipe of that name that comes with segvit, where there is no such file."""
-    named = [option.removeprefix("--config=") for option in argv]
-    for i, name in enumerate(named):
-        recipe = RECIPES / f"{name}.yaml"
-        if (argv[i - 1 : i] == ["--config"] or argv[i] != name) and recipe.is_file() and not Path(name).exists():
-            named[i] = argv[i].removesuffix(name) + str(recipe)
-        else:
-            named[i] = argv[i]
-    return named
 
 
 def _demo_arguments(parser: Parser) -> None:
@@ -114,7 +133,7 @@ def _train(arguments) -> None:
     options.pop("config", None)
     result = train_folder(**options)
     if result["main_process"]:
-        print(f"mIoU {result['miou']:.4f}")
+        print("mIoU unknown" if result["miou"] is None else f"mIoU {result['miou']:.4f}")
         print(result["checkpoint"])
 
 
@@ -140,7 +159,7 @@ def _check_arguments(parser: Parser) -> None:
 
 
 def _check(arguments) -> None:
-    from segvit.data.check import check_data, compare_parts
+    from segvit.data.check import check_data, judge
     from segvit.data.images import read_image
     from segvit.data.layouts import has_part, open_data
     from segvit.visualize import comparison
@@ -150,8 +169,7 @@ def _check(arguments) -> None:
         part: open_data(arguments.data, part, classes=arguments.classes, **_label_options(arguments)) for part in parts
     }
     reports = [check_data(data, part or "all") for part, data in sets.items()]
-    if len(reports) == 2:
-        compare_parts(*reports)
+    judge(*reports)
     good = not any(report.problems for report in reports)
     if arguments.json:
         print(json.dumps({"ok": good, "parts": [report.to_dict() for report in reports]}, indent=2))
@@ -197,7 +215,7 @@ def _load(checkpoint: str, device: str):
 def _evaluate_arguments(parser: Parser) -> None:
     parser.add_argument("checkpoint", type=str, help="folder of a run or of a saved model, or a name on the Hub")
     parser.add_argument("data", type=str, help="folder or CSV file: a whole data set, or one part of it")
-    parser.add_argument("--part", type=str, default="val", help="which part of a whole data set")
+    parser.add_argument("--part", type=str | None, default=None, help="of a whole data set; val by default")
     _label_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON value and nothing else to stdout")
     _prediction_arguments(parser)
@@ -208,9 +226,13 @@ def _evaluate(arguments) -> None:
     from segvit.training import evaluate
 
     model = _load(arguments.checkpoint, arguments.device)
-    part = arguments.part if has_part(arguments.data, arguments.part, arguments.layout) else None
+    part = arguments.part
+    if part is None and (has_part(arguments.data, "val", arguments.layout) or not has_part(arguments.data, None)):
+        part = "val"
     names = _agreed_classes(model.class_names, arguments)
     data = open_data(arguments.data, part, classes=names, channels=len(model.mean), **_label_options(arguments))
+    if part is None:
+        print(f"{arguments.data} has no parts: all {len(data)} images", file=sys.stderr)
     scores = evaluate(model, data, arguments.ignore_index, **_prediction_options(arguments))
     if arguments.json:
         value = {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc, "images": len(data)}

@@ -267,8 +267,8 @@ def read_official(file: str | Path) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{file}: no checkpoint, but a {type(state).__name__}")
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{file}: no checkpoint, but a {type(state).__name__} without names of parameters")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 

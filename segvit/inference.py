@@ -68,7 +68,9 @@ def predict(
         ValueError: an argument that does not fit, named.
         FileNotFoundError: a path that is not there.
     """
-    plan = _check(model, size, mode, crop_size, stride, output, protocol, scales, flip, short_side, window_batch)
+    plan = plan_prediction(
+        model, size, mode, crop_size, stride, output, protocol, scales, flip, short_side, window_batch
+    )
     batches, single = _prepare(model, images)
     with torch.no_grad(), evaluating(model):
         results = [_predict_batch(model, batch, plan) for batch in batches]
@@ -109,8 +111,20 @@ class _Plan(NamedTuple):
         return self.mode == "slide" or (self.mode == "auto" and pixels > LARGE * self.crop[0] * self.crop[1])
 
 
-def _check(model, size, mode, crop_size, stride, output, protocol, scales, flip, short_side, window_batch) -> _Plan:
-    """Refuse what does not fit."""
+def plan_prediction(
+    model: nn.Module,
+    size=None,
+    mode="whole",
+    crop_size=None,
+    stride=None,
+    output="labels",
+    protocol="fused",
+    scales=(1.0,),
+    flip=False,
+    short_side=None,
+    window_batch=4,
+) -> _Plan:
+    """The arguments of predict, checked: refuses what does not fit before anything runs."""
     for name, value, allowed in (("mode", mode, MODES), ("output", output, OUTPUTS), ("protocol", protocol, PROTOCOLS)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -8,20 +8,32 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from segvit.checkpoints import keep_newest, load_model, load_state, save_checkpoint, step_folders, with_classes
-from segvit.data.check import check_data, compare_parts
+from segvit.checkpoints import (
+    keep_newest,
+    load_model,
+    load_state,
+    restore,
+    save_checkpoint,
+    step_folders,
+    with_classes,
+)
+from segvit.data.check import check_data, judge
 from segvit.data.dataset import SegmentationDataset
-from segvit.data.layouts import has_part, open_data, split_pairs, write_table
+from segvit.data.layouts import find_pairs, has_part, open_data, split_pairs, write_table
 from segvit.data.transforms import TrainTransform
+from segvit.inference import plan_prediction
 from segvit.losses import ATMLoss
 from segvit.metrics import Scores
 from segvit.models import SegViT, create_model, list_models
 from segvit.models.segvit import as_pair
 from segvit.training import evaluate, fit
+
+HELD_OUT = "held_out.csv"  # validation images of a run whose data has no val part
 
 
 def train_folder(
@@ -66,7 +78,7 @@ def train_folder(
     """Train on the data's train part, validate on its val part at full size, keep the best and the newest checkpoints.
 
     Writes OUT/best (safetensors + config.json), OUT/step_… (the same, and training.pt to go on from), OUT/log.jsonl
-    (one record a line), and OUT/val.csv where validation images were held out.
+    (one record a line), and OUT/held_out.csv where validation images were held out.
 
     Args:
         data: folder with train/images, train/labels, val/… and classes.txt; or a CSV file.
@@ -114,19 +126,24 @@ def train_folder(
         RuntimeError: Accelerate is not installed.
         ValueError, FileNotFoundError: data or arguments that do not fit, named.
     """
-    options = dict(locals())
+    options = json.loads(json.dumps(locals(), default=str))
     try:
         from accelerate import Accelerator
-        from accelerate.utils import broadcast_object_list, set_seed
+        from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
     except ImportError as error:
         raise RuntimeError("training needs Accelerate: pip install 'segvit[train]'") from error
     _check_options(steps, batch_size, keep, validate_every, scale)
     set_seed(seed)
-    accelerator = Accelerator(mixed_precision={"False": "no"}.get(str(precision), precision))  # YAML reads no as false
+    precision = {"False": "no"}.get(str(precision), precision)  # YAML reads no as false
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # one process checks the data, the others wait
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[patient])
     main, run = accelerator.is_main_process, Path(out)
     newest = _newest(run, resume, overwrite)
-    accelerator.wait_for_everyone()  # before anybody writes to the folder
-    train, val, held_out = _parts(data, layout, classes, ignore_index, label_map, reduce_zero_label, val_fraction)
+    state = None if newest is None else load_state(newest)
+    if state is not None:
+        _compare_options(state["options"], options, main)
+    held = run / HELD_OUT if newest is not None else None
+    train, val, split = _parts(data, layout, classes, ignore_index, label_map, reduce_zero_label, val_fraction, held)
     network, size = _model(
         model,
         train.classes,
@@ -139,34 +156,31 @@ def train_folder(
         freeze_backbone=freeze_backbone,
         activation_checkpointing=activation_checkpointing,
     )
-    state, best = None, {"miou": None, "checkpoint": str(run / "best")}
+    train.channels = val.channels = len(network.mean)
+    mean, std = network.mean.tolist(), network.std.tolist()
+    evaluation = {"mode": mode, "short_side": short_side}
+    evaluation |= {} if mode == "whole" else {"crop_size": size, "stride": stride}
+    plan_prediction(network, **evaluation)
+    accelerator.wait_for_everyone()  # all have looked at the folder, before anybody writes to it
+    problem = [None]
     if main:
         _make_folder(run)
-    problem = [_refusal(data, train, val) if check and newest is None and main else None]
+        problem = [_refusal(data, train, val) if check and newest is None else None]
     if accelerator.num_processes > 1:
         broadcast_object_list(problem)
     if problem[0]:
         raise ValueError(problem[0])
-    if newest is not None:
-        state, records = load_state(newest), _read_log(run / "log.jsonl")
-        accelerator.wait_for_everyone()  # all have read the log
-        records = _until(records, state)
-        best["miou"] = max((r["miou"] for r in records if r.get("miou") is not None), default=None)
-        if main:
-            _say_changes(state["options"], options)
-            (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    elif main:
-        _clear(run)
-        if held_out:
-            write_table(run / "val.csv", val.pairs)
-            print(
-                f"no val part: {len(val)} of {len(train) + len(val)} images are held out, {run / 'val.csv'}",
-                file=sys.stderr,
-            )
-    mean, std = network.mean.tolist(), network.std.tolist()
     train.transform = TrainTransform(size, mean, std, ignore_index, scale, short_side)
-    evaluation = {"mode": mode, "short_side": short_side}
-    evaluation |= {} if mode == "whole" else {"crop_size": size, "stride": stride}
+    best = {"miou": None, "checkpoint": str(run / "best")}
+    if state is not None:
+        best["miou"] = _go_on(run, state, accelerator)
+    elif main:
+        for path in _own(run):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if split:
+            write_table(run / HELD_OUT, val.pairs)
+            share = f"{len(val)} of {len(train) + len(val)} images are held out"
+            print(f"no val part: {share}, and named in {run / HELD_OUT}", file=sys.stderr)
 
     def checkpoint(training: dict) -> None:
         if main:
@@ -182,7 +196,7 @@ def train_folder(
         accelerator.wait_for_everyone()
         return scores
 
-    with _stop_signals() as stopped, _last_good(run):
+    with _stop_signals() as stopped, _last_good(run, main):
         records = fit(
             network,
             ATMLoss(len(train.classes), ignore_index, ignored),
@@ -221,31 +235,52 @@ def _check_options(steps: int, batch_size: int, keep: int, validate_every: int |
         raise ValueError(f"scale must be [from, to], got {list(scale)}")
 
 
+def _own(run: Path) -> list[Path]:
+    """What a run wrote to its folder; nothing else in there is ever touched."""
+    folders = [path for path in (run / "best", *run.glob("step_*")) if (path / "config.json").is_file()]
+    return folders + [path for path in (run / "log.jsonl", run / HELD_OUT) if path.is_file()]
+
+
 def _newest(run: Path, resume: bool, overwrite: bool) -> Path | None:
     """The checkpoint to go on from; refuses to train over a run unless told to."""
     if resume and overwrite:
         raise ValueError("resume goes on with a run, overwrite removes it: choose one")
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run} is a file; choose another folder for --out")
-    found = step_folders(run)
-    if (found or (run / "best").exists()) and not (resume or overwrite):
+    if _own(run) and not (resume or overwrite):
         raise ValueError(
             f"{run} holds a run already: --resume goes on with it, --overwrite starts anew, or change --out"
+        )
+    found = step_folders(run)
+    if resume and not found and (run / "best").exists():
+        raise ValueError(
+            f"{run} has no step checkpoint to go on from: --model {run} with another --out starts from its best model"
         )
     return found[-1] if found and resume else None
 
 
 def _parts(
-    data: str, layout: str, classes: str | None, ignore_index: int, label_map, reduce_zero_label: bool, fraction: float
+    data: str,
+    layout: str,
+    classes: str | None,
+    ignore_index: int,
+    label_map,
+    reduce_zero_label: bool,
+    fraction: float,
+    held: Path | None,
 ) -> tuple[SegmentationDataset, SegmentationDataset, bool]:
-    """Data of training and of validation, and whether the latter was held out of the former."""
+    """Data of training and of validation, and whether the latter was split off; `held` has an earlier split."""
     options = (layout, classes, ignore_index, label_map, reduce_zero_label)
     whole = None if not has_part(data, "train", layout) and has_part(data, None, layout) else "train"
     train = open_data(data, whole, *options)
     if whole and has_part(data, "val", layout):
         return train, open_data(data, "val", *options), False
-    kept, held = split_pairs(train.pairs, fraction)
-    return train.subset(kept), train.subset(held), True
+    if held is not None and held.is_file():
+        val = find_pairs(held)
+        images = {image for image, _ in val}
+        return train.subset([pair for pair in train.pairs if pair[0].resolve() not in images]), train.subset(val), True
+    kept, split = split_pairs(train.pairs, fraction)
+    return train.subset(kept), train.subset(split), True
 
 
 def _model(
@@ -269,27 +304,21 @@ def _model(
         drop_path = {"drop_path": given["drop_path"]} if "drop_path" in given else {}
         model, said = with_classes(load_model(name), classes, **memory, **drop_path)
         print(f"{name}: {said}", file=sys.stderr)
+        if crop not in (None, model.image_size):
+            print(f"windows of predict and evaluate stay {model.image_size} unless --crop says so", file=sys.stderr)
     return model, crop or model.image_size
 
 
 def _refusal(data: str, train: SegmentationDataset, val: SegmentationDataset) -> str | None:
     """Read all files; hints are printed, and what would ruin the training is returned."""
     reports = [check_data(train, "train"), check_data(val, "val")]
-    compare_parts(*reports)
+    judge(*reports)
     for report in reports:
         for hint in report.hints:
             print(f"{report.part}: {hint}", file=sys.stderr)
     problems = [f"{report.part}: {problem}" for report in reports for problem in report.problems]
     more = f" (and {len(problems) - 1} more: segvit check-data {data})" if len(problems) > 1 else ""
     return f"{problems[0]}{more}" if problems else None
-
-
-def _clear(run: Path) -> None:
-    """An empty run: no checkpoints, no log."""
-    for folder in (run / "best", *run.glob("step_*")):
-        shutil.rmtree(folder, ignore_errors=True)
-    for name in ("log.jsonl", "val.csv"):
-        (run / name).unlink(missing_ok=True)
 
 
 def _make_folder(run: Path) -> None:
@@ -312,28 +341,53 @@ def _read_log(path: Path) -> list[dict]:
     return records
 
 
-def _until(records: list[dict], state: dict) -> list[dict]:
-    """What a run logged until the checkpoint that it goes on from."""
-    records = [record for record in records if record["step"] <= state["step"]]
-    if records and records[-1]["step"] == state["step"]:
-        state.pop("record", None)  # logged, and so validated, already
-    return records
+def _go_on(run: Path, state: dict, accelerator) -> float | None:
+    """Cut from the log what came after the checkpoint, or was not validated yet; returns the best mIoU until then."""
+    records = _read_log(run / "log.jsonl")
+    accelerator.wait_for_everyone()  # all have read the log
+    step = state["step"]
+    records = [r for r in records if r["step"] < step or (r["step"] == step and "miou" in r)]
+    if records and records[-1]["step"] == step:
+        del state["record"]
+    if accelerator.is_main_process:
+        restore(run / "best")
+        (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    accelerator.wait_for_everyone()
+    if not (run / "best" / "config.json").is_file():
+        return None  # whatever comes next is the best there is
+    return max((record["miou"] for record in records if record.get("miou") is not None), default=None)
 
 
-def _say_changes(old: dict, new: dict) -> None:
-    """Going on with other options is allowed, and said."""
-    elsewhere = ("data", "out", "resume", "overwrite", "check", "workers", "keep", "activation_checkpointing")
+def _compare_options(old: dict, new: dict, main: bool) -> None:
+    """Going on with other options is allowed, and said; but not with another model."""
+    elsewhere = (
+        "data",
+        "out",
+        "resume",
+        "overwrite",
+        "check",
+        "workers",
+        "keep",
+        "activation_checkpointing",
+        "pretrained",
+    )
     for name, value in new.items():
-        if name not in elsewhere and old.get(name) != value:
+        if name in elsewhere or old.get(name) == value:
+            continue
+        if name in ("model", "backbone", "shrink", "drop_path", "freeze_backbone"):
+            raise ValueError(f"a run goes on with its own model: {name} was {old.get(name)}, and cannot become {value}")
+        if main:
             print(f"resuming with {name} {value}, which was {old.get(name)}", file=sys.stderr)
 
 
 @contextmanager
-def _last_good(run: Path) -> Iterator[None]:
+def _last_good(run: Path, main: bool) -> Iterator[None]:
     """Say with what stops a training where it can go on."""
     try:
         yield
     except (FloatingPointError, KeyboardInterrupt) as error:
+        if not main:
+            raise
         kept = step_folders(run)
         where = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         raise type(error)(f"{error}; {where}") from error

@@ -95,6 +95,8 @@ def fit(
     if state is not None:
         done = state["step"]
         optimizer.load_state_dict(state["optimizer"])
+        for group, asked in zip(optimizer.param_groups, groups):
+            group["weight_decay"] = asked["weight_decay"]
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
     stream = _Stream(data, batch_size, seed, rank, processes)

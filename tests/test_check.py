@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from segvit.data import check_data, open_data
-from segvit.data.check import compare_parts
+from segvit.data.check import judge
 
 
 def make(root, maps, images=None, classes=("sky", "road"), suffix=".png"):
@@ -19,8 +19,11 @@ def make(root, maps, images=None, classes=("sky", "road"), suffix=".png"):
     return root
 
 
-def report(root, **options):
-    return check_data(open_data(root, **options), "train", progress=False)
+def report(root, alone=True, **options):
+    found = check_data(open_data(root, **options), "train", progress=False)
+    if alone:
+        judge(found)
+    return found
 
 
 def full(*values):
@@ -100,7 +103,15 @@ def test_a_photo_that_was_labelled_without_its_rotation_says_so(tmp_path):
 
 def test_parts_are_compared(tmp_path):
     train, val = make(tmp_path / "a", [full(0)]), make(tmp_path / "b", [full(0), full(0, 1)])
-    reports = report(train), report(val)
-    compare_parts(*reports)
+    reports = report(train, alone=False), report(val, alone=False)
+    judge(*reports)
     assert "classes that occur here but never in train: road" in reports[1].hints
     assert any("1 images are in train too, so mIoU will look too good; first" in hint for hint in reports[1].hints)
+
+
+@pytest.mark.parametrize("labels", [full(0), full(0, 255)])
+def test_a_val_part_of_one_class_is_no_problem(tmp_path, labels):
+    train, val = make(tmp_path / "a", [full(0, 1)]), make(tmp_path / "b", [labels])
+    reports = report(train, alone=False), report(val, alone=False)
+    judge(*reports)
+    assert not reports[0].problems + reports[1].problems

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from test_convert import official_case
 from test_runs import shapes_folder  # noqa: F401  (a fixture)
@@ -15,7 +16,7 @@ from test_runs import shapes_folder  # noqa: F401  (a fixture)
 import segvit
 from segvit.cli import COMMANDS, EXAMPLES, RECIPES, main
 
-TINY = ["--backbone", "vit_tiny_patch16_224", "--pretrained", "false", "--crop", "[32,32]", "--batch_size", "2"]
+TINY = ["--backbone", "test_vit", "--pretrained", "false", "--crop", "[32,32]", "--batch_size", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,31 @@ def test_recipes_are_configurations_by_name(shapes_folder, tmp_path, capsys, mon
     for recipe in (path.stem for path in RECIPES.glob("*.yaml")):
         assert main(["train", "nowhere", "--config", recipe, "--out", "new"]) == 1
         assert "nowhere" in capsys.readouterr().err
+
+
+def test_the_command_line_overrides_a_recipe_wherever_it_stands(shapes_folder, capsys):  # noqa: F811
+    for arguments in (["--steps", "7", "--config", "custom"], ["--config=custom", "--steps", "7"]):
+        assert main(["train", *arguments, str(shapes_folder), "--print_config"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["steps"] == 7
+
+
+def test_a_flag_may_stand_before_anything(shapes_folder, capsys):  # noqa: F811
+    for flag in (["--resume"], ["--resume", "true"], ["--resume=true"]):
+        assert main(["train", *flag, str(shapes_folder), "--print_config"]) == 0
+        written = yaml.safe_load(capsys.readouterr().out)
+        assert (written["resume"], written["data"]) == (True, str(shapes_folder))
+
+
+def test_a_part_that_is_missing_is_not_replaced_by_another(checkpoint, shapes_folder, tmp_path, capsys):  # noqa: F811
+    table = tmp_path / "data.csv"
+    rows = [f"{shapes_folder}/train/images/{i}.jpg,{shapes_folder}/train/labels/{i}.png,train" for i in range(3)]
+    table.write_text("image,label,part\n" + "\n".join(rows) + "\n")
+    assert main(["evaluate", str(checkpoint), str(table)]) == 1
+    assert "no row has the part val" in capsys.readouterr().err
+    assert main(["evaluate", str(checkpoint), str(shapes_folder), "--part", "tset"]) == 1
+    assert "no folder tset/images" in capsys.readouterr().err
+    assert main(["evaluate", str(checkpoint), str(shapes_folder / "val"), "--json"]) == 0
+    assert "has no parts: all 4 images" in capsys.readouterr().err
 
 
 def test_check_data(shapes_folder, tmp_path, capsys):  # noqa: F811

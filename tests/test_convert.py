@@ -215,9 +215,10 @@ def test_pickles_that_would_run_code_are_refused_unread(tmp_path):
     (tmp_path / "b.pth").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"b\.pth: not a readable checkpoint"):
         read_official(tmp_path / "b.pth")
-    torch.save([1, 2], tmp_path / "c.pth")
-    with pytest.raises(ValueError, match="no checkpoint, but a list"):
-        read_official(tmp_path / "c.pth")
+    for other, message in (([1, 2], "no checkpoint, but a list"), ({1: 2}, "a dict without names of parameters")):
+        torch.save(other, tmp_path / "c.pth")
+        with pytest.raises(ValueError, match=message):
+            read_official(tmp_path / "c.pth")
 
 
 @pytest.mark.parametrize("info", [info for info in segvit.list_models() if info.published], ids=lambda info: info.name)

@@ -1,3 +1,5 @@
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from conftest import shared
 from PIL import Image
 from torchvision.transforms import v2
 
-from segvit.data import Shapes, open_data, read_classes, read_image
+from segvit.data import Shapes, open_data, read_classes, read_image, read_labels
 from segvit.data.layouts import has_part, split_pairs, write_table
 from segvit.data.transforms import RandomScaleCrop, TrainTransform
 
@@ -148,8 +150,32 @@ def test_colours_become_classes(folder):
     data = open_data(folder, classes=["a", "b"], label_map=named)
     assert torch.equal(data[0][1], torch.tensor([1, 0, 255])[torch.from_numpy(index)])
     named.pop("#FFFFFF")
-    with pytest.raises(ValueError, match="label #ffffff is no class: label_map names 2 colours"):
-        open_data(folder, classes=["a", "b"], label_map=named)[0]
+    for ignored in (255, -1):
+        with pytest.raises(ValueError, match="label #ffffff is no class: label_map names 2 colours"):
+            open_data(folder, classes=["a", "b"], ignore_index=ignored, label_map=named)[0]
+
+
+def test_hidden_files_and_folders_are_passed_over(folder):
+    (folder / "labels" / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/0.png", ".0.png"):
+        Image.new("L", (3, 3)).save(folder / "labels" / name)
+    assert len(open_data(folder, classes=["a", "b"])) == 3
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_labels_of_16_bits_in_either_byte_order(order, tmp_path):
+    labels = np.array([[0, 300], [65535, 7]])
+    head = b"II*\0" if order == "<u2" else b"MM\0*"
+    end = order[0]
+    tags = [(256, 4, 2), (257, 4, 2), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8), (278, 4, 2), (279, 4, 8)]
+    table = struct.pack(f"{end}H", len(tags))
+    for tag, kind, value in tags:
+        table += struct.pack(
+            f"{end}HHI" + ("I" if kind == 4 else "HH"), tag, kind, 1, *([value] if kind == 4 else [value, 0])
+        )
+    data = head + struct.pack(f"{end}I", 16) + labels.astype(order).tobytes() + table + bytes(4)
+    (tmp_path / "a.tif").write_bytes(data)
+    assert read_labels(tmp_path / "a.tif").tolist() == labels.tolist()
 
 
 @pytest.mark.parametrize(
@@ -176,6 +202,8 @@ def test_tables(folder):
     assert has_part(table, "train")
     assert not has_part(table, "test")
     assert not has_part(table, None)
+    with pytest.raises(FileNotFoundError, match=r"no row has no part"):
+        open_data(table, classes=["a", "b"])
     write_table(folder / "other.csv", data.pairs)
     assert has_part(folder / "other.csv", None)
     again = open_data(folder / "other.csv", classes=["a", "b"])
@@ -184,7 +212,7 @@ def test_tables(folder):
     assert open_data(table, "train").classes == ["a", "b"]
     for text, message in (
         ("image,label\nimages/0.png,\n", r"a row without image or label \(number 2\)"),
-        ("picture,mask\na,b\n", "the first line must name the columns image and label, got picture, mask"),
+        ("picture,mask\na,b,c\n", "the first line must name the columns image and label, got picture, mask"),
         ("image,label\n", "no rows"),
         ("image,label\nimages/9.png,labels/0.png\n", r"images/9\.png: no such file, named in .*data\.csv"),
     ):
@@ -279,6 +307,11 @@ def test_well_known_data_sets_are_read_as_they_are_downloaded(layout, tmp_path):
         (tmp_path / place.format("train")).write_text("other\n")
         with pytest.raises(FileNotFoundError, match="1 of 1 listed images are absent: other"):
             open_data(tmp_path, "train", layout)
+
+
+def test_a_layout_of_parts_wants_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="the camvid layout has parts; name one of train, val, test"):
+        open_data(tmp_path, layout="camvid")
 
 
 def test_real_ade20k_samples():

@@ -13,10 +13,13 @@ from PIL import Image
 import segvit
 from segvit.checkpoints import step_folders
 from segvit.data import Shapes
+from segvit.data.layouts import find_pairs
+from segvit.metrics import Scores
 from segvit.models import list_models
 from segvit.runs import _stop_signals, train_folder
 
-TINY = {"backbone": "vit_tiny_patch16_224", "pretrained": False, "crop": 32, "batch_size": 2}
+NO_SCORES = (0.5, 0.5, 0.5, [], [], [])
+TINY = {"backbone": "test_vit", "pretrained": False, "crop": 32, "batch_size": 2}
 
 
 @pytest.fixture(scope="session")
@@ -101,12 +104,81 @@ def test_a_run_is_not_trained_over(shapes_folder, tmp_path):
     assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
     train(shapes_folder, run, steps=3, overwrite=True)
     assert [path.name for path in step_folders(run)] == ["step_00000002", "step_00000003"]
+    for folder in step_folders(run):
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"run has no step checkpoint to go on from: --model .*run with another --out"):
+        train(shapes_folder, run, resume=True)
+    assert (run / "best" / "config.json").is_file()
 
 
-def test_images_without_a_val_part_are_split(shapes_folder, tmp_path, capsys):
+def test_nothing_but_a_runs_own_files_is_removed(shapes_folder, tmp_path):
+    run = tmp_path / "run"
+    for name in ("step_1/notes.txt", "step_00000007/notes.txt", "val.csv", "best/notes.txt"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("mine")
+    (run / "best" / "notes.txt").rename(run / "notes.txt")
+    (run / "best").rmdir()
+    train(shapes_folder, run, steps=2)
+    train(shapes_folder, run, steps=1, overwrite=True)
+    mine = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and path.read_bytes() == b"mine"}
+    assert mine == {"step_1/notes.txt", "step_00000007/notes.txt", "val.csv", "notes.txt"}
+
+
+def test_a_best_model_that_was_lost_is_written_again(shapes_folder, tmp_path):
+    run = tmp_path / "run"
+    train(shapes_folder, run, steps=2)
+    shutil.rmtree(run / "best")
+    assert 0 <= train(shapes_folder, run, steps=3, resume=True)["miou"] <= 1
+    assert (run / "best" / "config.json").is_file()
+    (run / "best").rename(run / ".best.old")  # as if killed between two renames
+    train(shapes_folder, run, steps=3, resume=True)
+    assert (run / "best" / "config.json").is_file()
+
+
+def test_a_run_goes_on_with_its_own_model_and_what_changes_takes_effect(shapes_folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train(Path(shapes_folder), run, steps=2)
+    for name, value in (
+        ("shrink", "v1"),
+        ("drop_path", 0.3),
+        ("freeze_backbone", True),
+        ("backbone", "vit_tiny_patch16_224"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"a run goes on with its own model: {name} was .*, and cannot become {value}"
+        ):
+            train(shapes_folder, run, **{name: value}, resume=True)
+    used, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self, *args: (used.append([g["weight_decay"] for g in self.param_groups]), step(self, *args))[1],
+    )
+    train(shapes_folder, run, steps=3, weight_decay=0.5, resume=True)
+    assert used == [[0.5, 0.0, 0.5]]
+
+
+def test_images_without_a_val_part_are_split_once(shapes_folder, tmp_path, capsys, monkeypatch):
     train(shapes_folder / "train", tmp_path / "run", val_fraction=0.25)
     assert "no val part: 3 of 12 images are held out" in capsys.readouterr().err
-    assert len((tmp_path / "run" / "val.csv").read_text().splitlines()) == 4
+    table = tmp_path / "run" / "held_out.csv"
+    held = find_pairs(table)
+    assert len(held) == 3
+    more = tmp_path / "data"
+    shutil.copytree(shapes_folder / "train", more)
+    (more / "classes.txt").write_text("\n".join(Shapes.classes))
+    train(more, tmp_path / "other", val_fraction=0.25)
+    before = (tmp_path / "other" / "held_out.csv").read_text()
+    for name in ("images", "labels"):  # a new image changes what a new split would hold out
+        source = next((more / name).glob("0.*"))
+        shutil.copy(source, source.with_stem("new"))
+    seen = []
+    monkeypatch.setattr(
+        "segvit.runs.evaluate", lambda model, data, *rest, **options: seen.append(data.pairs) or Scores(*NO_SCORES)
+    )
+    train(more, tmp_path / "other", val_fraction=0.25, steps=5, resume=True)
+    assert (tmp_path / "other" / "held_out.csv").read_text() == before
+    assert seen == [find_pairs(tmp_path / "other" / "held_out.csv")]
 
 
 def test_bad_data_stops_before_training(shapes_folder, tmp_path):
@@ -144,7 +216,12 @@ def test_a_loss_that_breaks_down_names_files_and_the_last_good_checkpoint(shapes
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
 
 
-def test_ctrl_c_keeps_a_checkpoint_to_go_on_from(shapes_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [{"steps": 5, "validate_every": 4}, {"steps": 5, "validate_every": 3}, {"steps": 3, "validate_every": 9}],
+    ids=["between validations", "at a validation", "at the end"],
+)
+def test_ctrl_c_keeps_a_checkpoint_to_go_on_from(shapes_folder, tmp_path, monkeypatch, options):
     steps = []
 
     def interrupted(self, labels=None, *args):
@@ -156,11 +233,20 @@ def test_ctrl_c_keeps_a_checkpoint_to_go_on_from(shapes_folder, tmp_path, monkey
     forward = segvit.ATMLoss.forward
     monkeypatch.setattr(segvit.ATMLoss, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"stopped at step 3; the last checkpoint is .*step_00000003"):
-        train(shapes_folder, tmp_path / "run", steps=20)
+        train(shapes_folder, tmp_path / "run", **options)
     assert len(steps) == 3
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    train(shapes_folder, tmp_path / "run", steps=4, resume=True)
-    assert len(steps) == 4
+    assert segvit.checkpoints.load_model(tmp_path / "run").num_classes == 6  # even before the first validation
+    result = train(shapes_folder, tmp_path / "run", **options, resume=True)
+    assert len(steps) == options["steps"]
+    train(shapes_folder, tmp_path / "whole", **options)
+    columns = ("step", "loss", "lr", "miou")
+    runs = [
+        [[r.get(c) for c in columns] for r in log(tmp_path / name) if r["step"] != 3 or "miou" in r]
+        for name in ("run", "whole")
+    ]
+    assert runs[0] == runs[1]
+    assert 0 <= result["miou"] <= 1
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -194,12 +280,14 @@ def test_a_model_goes_on_with_other_classes(shapes_folder, tmp_path, capsys):
         ({"validate_every": -1}, ValueError, "validate_every must be at least 1"),
         ({"scale": [2.0, 1.0]}, ValueError, "scale must be"),
         ({"model": "nowhere/at/all"}, FileNotFoundError, "no checkpoint there"),
-        ({"mode": "tiles", "steps": 1}, ValueError, "mode must be one of whole, slide, auto"),
+        ({"mode": "tiles"}, ValueError, "mode must be one of whole, slide, auto"),
+        ({"stride": 40}, ValueError, "stride must not exceed crop_size"),
         ({"out": "/proc/nothing/here"}, PermissionError, "/proc/nothing/here: cannot write there"),
         ({"out": __file__}, ValueError, "is a file; choose another folder"),
     ],
 )
-def test_what_does_not_fit_is_said(options, error, message, shapes_folder, tmp_path):
+def test_what_does_not_fit_is_said(options, error, message, shapes_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("segvit.runs.fit", None)  # said before training
     with pytest.raises(error, match=message):
         train_folder(str(shapes_folder), **(TINY | {"out": str(tmp_path / "run"), "steps": 4} | options))
 

@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import ImageOps
 from tqdm import tqdm
 
 from segvit.data.dataset import SegmentationDataset
-from segvit.data.images import open_image, read_image
 
 SHOWN = 5  # problems of one kind that are named one by one
+THREADS = 8  # at most: a large photo takes some hundred megabytes while it is looked at
+BINARY = 'labels are 0 and 255: a binary mask? Name two classes and use --label_map "{255: 1}"'
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Report:
     ignored: int = 0  # pixels
     problems: list[str] = field(default_factory=list)  # training refuses these
     hints: list[str] = field(default_factory=list)
+    binary: bool = False  # labels are 0 and 255 alone
     digests: dict[str, str] = field(default_factory=dict)  # of image files: their path
 
     def to_dict(self) -> dict:
@@ -83,8 +84,8 @@ class _Sample:
 def check_data(dataset: SegmentationDataset, part: str = "data", progress: bool = True) -> Report:
     """Read every file of a data set and report sizes, channels, classes, and what is wrong.
 
-    Every image is decoded and every label compared, in as many threads as there are CPU cores; memory does not depend
-    on the number of images.
+    Every image is decoded and every label compared, in as many threads as there are CPU cores, up to eight. What takes
+    several parts to tell is left to judge().
 
     Args:
         dataset: of open_data.
@@ -96,7 +97,7 @@ def check_data(dataset: SegmentationDataset, part: str = "data", progress: bool 
     raw: Counter[int] = Counter()
     unknown: dict[int, list[str]] = {}
     broken: list[str] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
         samples = pool.map(lambda i: _inspect(dataset, i), range(len(dataset)))
         for i, sample in enumerate(
             tqdm(samples, total=len(dataset), desc=f"checking {part}", unit="image", disable=not progress, leave=False)
@@ -125,23 +126,17 @@ def check_data(dataset: SegmentationDataset, part: str = "data", progress: bool 
 
 
 def _inspect(dataset: SegmentationDataset, i: int) -> _Sample:
-    image_path, label_path = dataset.pairs[i]
     try:
-        stored = open_image(image_path)
-        image = read_image(image_path, dataset.channels)
-        raw, labels = dataset.read_labels(i)
-        digest = hashlib.blake2b(image_path.read_bytes(), digest_size=16).hexdigest()
+        stored, image, raw, labels = dataset.load(i)
+        digest = hashlib.blake2b(dataset.pairs[i][0].read_bytes(), digest_size=16).hexdigest()
     except (ValueError, OSError, RuntimeError) as error:
         return _Sample(problem=str(error))
-    if labels.shape != (image.height, image.width):
-        turned = labels.shape == (stored.height, stored.width) and "; it was drawn without the image's EXIF rotation"
-        sizes = f"the label map is {labels.shape[1]}x{labels.shape[0]}, its image {image.width}x{image.height}"
-        return _Sample(problem=f"{label_path}: {sizes}{turned or ''}")
     strange = dataset.unknown(labels)
     known = labels[~strange & (labels != dataset.ignore_index)]
+    turned = " turned by EXIF" if image.size != stored.size else ""
     return _Sample(
         size=f"{image.width}x{image.height}",
-        mode=stored.mode + (" turned by EXIF" if ImageOps.exif_transpose(stored).size != stored.size else ""),
+        mode=f"{stored.mode}{turned}",
         digest=digest,
         counts=np.bincount(known, minlength=len(dataset.classes)),
         ignored=int((labels == dataset.ignore_index).sum()),
@@ -151,31 +146,21 @@ def _inspect(dataset: SegmentationDataset, i: int) -> _Sample:
 
 
 def _judge(report: Report, dataset: SegmentationDataset, raw: set[int], unknown: set[int]) -> None:
-    """What the numbers mean: problems that a training cannot survive, and hints."""
-    K, found = len(report.classes), report.images_with > 0
-    binary = raw == {0, 255} and K <= 2 and not dataset.colours
-    remedy = 'labels are 0 and 255: a binary mask? Name two classes and use --label_map "{255: 1}"'
-    if binary and report.ignored:
-        report.problems.append(f"{remedy}; as it is, 255 is ignored and one class is all there is")
-    elif binary and unknown:
-        report.hints.append(remedy)
-    elif report.images and not found.any() and not report.problems:
+    """What the labels of one part mean."""
+    K, numbers = len(report.classes), not dataset.colours
+    report.binary = raw == {0, 255} and K <= 2 and numbers
+    if report.images and not report.images_with.any() and not report.problems and not report.binary:
         report.problems.append(f"every label is ignored ({dataset.ignore_index}); there is no truth to learn from")
-    elif K > 1 and found.sum() == 1 and not report.problems:
-        name = report.classes[int(found.argmax())]
-        report.problems.append(f"{name!r} is the only class that occurs; there is nothing to tell apart")
-    if K in unknown and raw <= {*range(K + 1), dataset.ignore_index} and not dataset.colours:
+    if report.binary and unknown:
+        report.hints.append(BINARY)
+    elif K in unknown and raw <= {*range(K + 1), dataset.ignore_index} and numbers:
         absent = "0 never occurs" if 0 not in raw else "is 0 no class?"
         found_labels = f"labels go from {min(raw)} to {K}, one too many"
         report.hints.append(f"{found_labels}: {absent} --reduce_zero_label true shifts them")
-    elif raw and unknown and len(raw) > 2 * K + 20 and not dataset.colours:
+    elif unknown and len(raw) > 2 * K + 20 and numbers:
         report.hints.append(f"{len(raw)} labels for {K} classes: were the masks blurred, resized or saved as JPEG?")
-    if found.any():
-        absent = [name for name, there in zip(report.classes, found) if not there]
-        if absent and not report.problems:
-            report.hints.append(f"classes that never occur: {_some(absent)}")
-        if report.ignored > report.pixels.sum():
-            report.hints.append("more pixels are ignored than labelled")
+    if report.ignored > report.pixels.sum() > 0:
+        report.hints.append("more pixels are ignored than labelled")
     if len({mode.split(" ")[0] for mode in report.modes}) > 1:
         read_as = "RGB" if dataset.channels == 3 else "grey"
         report.hints.append(f"images have different channels; all are read as {read_as}")
@@ -184,10 +169,24 @@ def _judge(report: Report, dataset: SegmentationDataset, raw: set[int], unknown:
         report.hints.append(f"images under 32 pixels: {_some(small)}")
 
 
-def compare_parts(train: Report, val: Report) -> None:
-    """Hints that take both parts: classes that were never trained, and images that are in both."""
+def judge(train: Report, val: Report | None = None) -> None:
+    """What the parts mean together: what cannot be learnt from `train`, and what `val` cannot tell.
+
+    A val part may well hold one class alone; a training part may not.
+    """
+    found = train.images_with > 0
+    if train.binary and train.ignored:
+        train.problems.append(f"{BINARY}; as it is, 255 is ignored and one class is all there is")
+    elif len(found) > 1 and found.sum() == 1 and not train.problems:
+        name = train.classes[int(found.argmax())]
+        train.problems.append(f"{name!r} is the only class that occurs; there is nothing to tell apart")
+    absent = [name for name, there in zip(train.classes, found) if not there]
+    if absent and not train.problems:
+        train.hints.append(f"classes that never occur: {_some(absent)}")
+    if val is None:
+        return
     untrained = [n for n, t, v in zip(train.classes, train.images_with, val.images_with) if v and not t]
-    if untrained and train.images_with.any():
+    if untrained and found.any():
         val.hints.append(f"classes that occur here but never in {train.part}: {_some(untrained)}")
     both = [path for digest, path in val.digests.items() if digest in train.digests]
     if both:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from segvit.data.images import parse_colour, read_image, read_labels, to_tensor
+from segvit.data.images import open_image, parse_colour, read_labels, to_tensor, upright
 
 LARGEST = 2**16  # labels in files are below this
+UNKNOWN = np.iinfo(np.int64).min  # class number of a colour without a name; no ignore_index is that
 
 
 def read_classes(path: str | Path) -> list[str]:
@@ -101,7 +103,7 @@ class SegmentationDataset(Dataset):
             codes = np.array(sorted(self.colours))
             targets = np.array([self.colours[code] for code in codes], np.int64)
             place = np.searchsorted(codes, raw).clip(max=len(codes) - 1)
-            return raw, np.where(codes[place] == raw, targets[place], -1)
+            return raw, np.where(codes[place] == raw, targets[place], UNKNOWN)
         if self._table is None:
             return raw, raw
         if raw.min() < 0 or raw.max() >= LARGEST:
@@ -116,17 +118,24 @@ class SegmentationDataset(Dataset):
         """A label as the file has it, for messages."""
         return f"#{value:06x}" if self.colours else str(value)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+    def load(self, i: int) -> tuple[Image.Image, Image.Image, np.ndarray, np.ndarray]:
+        """Pair i: the image as stored, the image as it is used, the labels as stored, and as class numbers."""
         image_path, label_path = self.pairs[i]
-        image = to_tensor(read_image(image_path, self.channels), self.channels)
+        stored = open_image(image_path)
+        image = upright(stored, image_path, self.channels)
         raw, labels = self.read_labels(i)
-        if image.shape[1:] != labels.shape:
-            sizes = f"the label map is {_size(labels.shape)}, its image {_size(image.shape[1:])}"
-            raise ValueError(f"{label_path}: {sizes}")
+        if labels.shape != (image.height, image.width):
+            sizes = f"the label map is {labels.shape[1]}x{labels.shape[0]}, its image {image.width}x{image.height}"
+            turned = "; it was drawn without the image's EXIF rotation" if labels.shape == stored.size[::-1] else ""
+            raise ValueError(f"{label_path}: {sizes}{turned}")
+        return stored, image, raw, labels
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        _, image, raw, labels = self.load(i)
         strange = raw[self.unknown(labels)]
         if len(strange):
-            raise ValueError(f"{label_path}: label {self.describe(strange[0])} is no class: {self.known()}")
-        labels = torch.from_numpy(np.asarray(labels, np.int64))
+            raise ValueError(f"{self.pairs[i][1]}: label {self.describe(strange[0])} is no class: {self.known()}")
+        image, labels = to_tensor(image, self.channels), torch.from_numpy(np.asarray(labels, np.int64))
         return self.transform(image, labels) if self.transform else (image, labels)
 
     def known(self) -> str:
@@ -135,10 +144,6 @@ class SegmentationDataset(Dataset):
         if self.colours:
             return f"label_map names {len(self.colours)} colours"
         return f"there are {K} classes (0 to {K - 1}), and {self.ignore_index} is ignored"
-
-
-def _size(shape: Sequence[int]) -> str:
-    return f"{shape[1]}x{shape[0]}"
 
 
 def _table(label_map: Mapping[int | str, int]) -> np.ndarray:

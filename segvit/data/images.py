@@ -38,9 +38,13 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
         FileNotFoundError: no such file.
         ValueError: not a readable image, or channels that image files do not have.
     """
+    return upright(open_image(path), path, channels)
+
+
+def upright(image: Image.Image, path: str | Path, channels: int = 3) -> Image.Image:
+    """What read_image makes of a stored image."""
     if channels not in MODES:
         raise ValueError(f"{path}: image files give 1 or 3 channels, the model takes {channels}; pass tensors")
-    image = open_image(path)
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"{path}: the image has mode {image.mode}, 16 or 32 bits a pixel; convert it to 8 bits first")
     return ImageOps.exif_transpose(image).convert(MODES[channels])
@@ -63,7 +67,7 @@ def read_labels(path: str | Path, colours: bool = False) -> np.ndarray:
     if colours:
         red, green, blue = np.moveaxis(np.array(image.convert("RGB"), np.int32), 2, 0)
         return red << 16 | green << 8 | blue
-    if image.mode not in ("L", "P", "1", "I", "I;16"):
+    if image.mode not in ("L", "P", "1", "I") and not image.mode.startswith("I;16"):
         raise ValueError(
             f"{path}: a label image has one channel of class numbers, this one has mode {image.mode}; "
             'if its colours mean classes, name them in label_map ({"#804080": 0, …})'

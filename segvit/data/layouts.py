@@ -88,7 +88,7 @@ def open_data(
     Args:
         root: a folder, or a CSV file with the columns image, label and, if it has several parts, part; its paths are
             relative to the file.
-        part: "train", "val" or "test"; None: `root` itself has images/ and labels/ (or is a CSV without parts).
+        part: "train", "val" or "test"; None: `root` itself has images/ and labels/; of a CSV, the rows without a part.
         layout: "folder": ROOT/train/images/a.jpg with ROOT/train/labels/a.png (or ROOT/images/train, ROOT/labels/train;
             masks and annotations are names for labels too); or a data set as it is downloaded: "ade20k",
             "cocostuff10k", "pascal_context_59", "pascal_context_60", "cityscapes", "camvid".
@@ -134,9 +134,11 @@ def find_pairs(root: str | Path, part: str | None = None, layout: str = "folder"
         raise FileNotFoundError(f"{root}: no such folder")
     folders, looked = _folders(root, part, places)
     if folders is None:
+        if not looked:
+            raise FileNotFoundError(f"{root}: the {layout} layout has parts; name one of {', '.join(places.parts)}")
         raise FileNotFoundError(f"{root}: no folder {' or '.join(looked)} ({layout} layout)")
     images, labels, name = folders
-    stems = None if places.listed is None or name is None else _read_list(root / places.listed.format(part=name))
+    stems = (root / places.listed.format(part=name)).read_text().split() if places.listed and name else None
     return _match(images, labels, places, stems)
 
 
@@ -222,12 +224,6 @@ def _inside(folders: tuple[str, ...], name: str | None) -> list[str]:
     return list(dict.fromkeys(f.replace("{part}/", "").replace("/{part}", "") for f in folders if f != "{part}"))
 
 
-def _read_list(path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such list of images")
-    return path.read_text().split()
-
-
 def _match(images: Path, labels: Path, places: Layout, stems: list[str] | None) -> Pairs:
     """Images with the label map of the same name, in the same sub-folder."""
     found = _by_name(images, EXTENSIONS, places.image_ending)
@@ -251,9 +247,10 @@ def _match(images: Path, labels: Path, places: Layout, stems: list[str] | None) 
 def _by_name(folder: Path, extensions: tuple[str, ...], ending: str) -> dict[str, Path]:
     """Files by their path in the folder, without extension and ending."""
     found: dict[str, Path] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in extensions and not p.name.startswith(".")):
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        if not name.endswith(ending):
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in extensions):
+        inside = path.relative_to(folder)
+        name = inside.with_suffix("").as_posix()
+        if not name.endswith(ending) or any(part.startswith(".") for part in inside.parts):
             continue
         name = name.removesuffix(ending)
         if name in found:
@@ -273,14 +270,15 @@ def _rows(table: Path) -> list[dict[str, str]]:
     if not rows:
         raise ValueError(f"{table}: no rows; the first line names the columns image,label (and part)")
     if not {"image", "label"} <= set(rows[0]):
-        raise ValueError(f"{table}: the first line must name the columns image and label, got {', '.join(rows[0])}")
+        got = ", ".join(name for name in rows[0] if name)
+        raise ValueError(f"{table}: the first line must name the columns image and label, got {got}")
     return rows
 
 
 def _read_table(table: Path, part: str | None) -> Pairs:
-    rows = [row for row in _rows(table) if part is None or row.get("part") == part]
+    rows = [row for row in _rows(table) if (row.get("part") or None) == part]
     if not rows:
-        raise FileNotFoundError(f"{table}: no row has the part {part}")
+        raise FileNotFoundError(f"{table}: no row has {f'the part {part}' if part else 'no part'}")
     pairs = []
     for number, row in enumerate(rows, 2):
         if not row["image"] or not row["label"]:
