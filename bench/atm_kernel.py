@@ -1,11 +1,18 @@
-"""atm: our path against naive eager (the reference), torch.compile of it, and the floor measured in the same run.
+"""atm: our paths against naive eager, torch.compile of it, the best library composition, FlexAttention, and the floor.
 
 python bench/atm_kernel.py            # all shapes; writes bench/results/atm_kernel_<device>.json
 python bench/atm_kernel.py --quick    # one shape
+
+On a GPU in bfloat16, with the host's cost of a call. Without one: the CPU paths in float32, and what the compiler makes
+of the kernels (bench/static.py). Floors are measured in the same run.
 """
+
+import time
 
 import harness
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from segvit.ops import atm, reference
 
@@ -34,20 +41,41 @@ def floor_ms(B: int, H: int, N: int, L: int, size: int, backward: bool, ceilings
     return 1e3 * max(moved / ceilings["bytes_per_s"], macs / ceilings["macs_per_s"])
 
 
+def heads(t: torch.Tensor, H: int) -> torch.Tensor:  # [B, n, C] -> [B, H, n, d]
+    return t.unflatten(-1, (H, -1)).transpose(1, 2)
+
+
+def library_best(q, k, v, H: int, attention=F.scaled_dot_product_attention):
+    """Fused attention and one full-width GEMM; without gradients the GEMM writes float32 itself."""
+    out = attention(heads(q, H), heads(k, H), heads(v, H)).transpose(1, 2).flatten(2)
+    alpha = (q.shape[-1] // H) ** -0.5 / H
+    if q.is_cuda and not torch.is_grad_enabled():
+        zero = torch.zeros(1, 1, 1, device=q.device)
+        return out, torch.baddbmm(zero, q, k.mT, beta=0, alpha=alpha, out_dtype=torch.float32)
+    return out, torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, beta=0, alpha=alpha).float()
+
+
+NAIVE, LIBRARY = "naive eager", "library-best (SDPA + baddbmm)"
+
+
 def candidates(H: int, gpu: bool) -> dict:
     calls = {
-        "naive eager": lambda q, k, v: reference.atm(q, k, v, H),
-        "ours (library)": lambda q, k, v: atm(q, k, v, H, backend="library"),
+        NAIVE: lambda q, k, v: reference.atm(q, k, v, H),
+        "torch.compile of naive": torch.compile(lambda q, k, v: reference.atm(q, k, v, H), dynamic=False),
+        LIBRARY: lambda q, k, v: library_best(q, k, v, H),
+        "ours (auto)": lambda q, k, v: atm(q, k, v, H),
     }
     if gpu:
+        flex = torch.compile(flex_attention, dynamic=False)
+        calls["FlexAttention + baddbmm"] = lambda q, k, v: library_best(q, k, v, H, flex)
         calls["ours (triton)"] = lambda q, k, v: atm(q, k, v, H, backend="triton")
-        calls["torch.compile of naive"] = torch.compile(calls["naive eager"], dynamic=False)
     return calls
 
 
 def run(name: str, dtype: torch.dtype, ceilings: dict, seconds: float) -> list[dict]:
     B, H, N, L = SHAPES[name]
     where = harness.device()
+    torch._dynamo.reset()
     leaves = [torch.randn(B, n, H * WIDTH, device=where).to(dtype).requires_grad_() for n in (N, L, L)]
     rows = []
     for label, call in candidates(H, where.type == "cuda").items():
@@ -61,16 +89,40 @@ def run(name: str, dtype: torch.dtype, ceilings: dict, seconds: float) -> list[d
         def both(call=call, upstream=upstream):
             return torch.autograd.grad(call(*leaves), leaves, upstream)
 
-        for kind, timed in (("forward", forward), ("forward + backward", both)):
-            floor = floor_ms(B, H, N, L, leaves[0].element_size(), False, ceilings)
-            if timed is both:
-                floor += floor_ms(B, H, N, L, leaves[0].element_size(), True, ceilings)
+        def backward(outputs=(out, mask), upstream=upstream):
+            return torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+
+        floors = [floor_ms(B, H, N, L, leaves[0].element_size(), back, ceilings) for back in (False, True)]
+        for kind, timed, floor in (
+            ("forward", forward, floors[0]),
+            ("backward", backward, floors[1]),
+            ("both", both, sum(floors)),
+        ):
             result = harness.measure(timed, seconds)
             rows.append({"shape": name, "pass": kind, "what": label, **result, "floor_ms": floor})
     for row in rows:
-        naive = next(r for r in rows if r["what"] == "naive eager" and r["pass"] == row["pass"])
-        row["vs_naive"] = naive["p50_ms"] / row["p50_ms"]
+        for column, against in (("vs_naive", NAIVE), ("vs_library", LIBRARY)):
+            other = next(r for r in rows if r["what"] == against and r["pass"] == row["pass"])
+            row[column] = other["p50_ms"] / row["p50_ms"]
         row["vs_floor"] = row["p50_ms"] / row["floor_ms"]
+    return rows
+
+
+def host_cost_us() -> list[dict]:
+    """Microseconds of the host per call, where the GPU has next to nothing to do: launches included, no wait."""
+    q, k, v = (torch.randn(1, n, 2 * WIDTH, device="cuda", dtype=torch.bfloat16) for n in (8, 16, 16))
+    rows = []
+    for label, call in candidates(2, True).items():
+        for grad in (False, True):
+            leaves = [t.clone().requires_grad_(grad) for t in (q, k, v)]
+            for _ in range(20):
+                call(*leaves)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(200):
+                call(*leaves)
+            rows.append({"what": label, "grad": grad, "host_us": (time.perf_counter() - start) * 1e6 / 200})
+            torch.cuda.synchronize()
     return rows
 
 
@@ -80,16 +132,23 @@ def main() -> None:
         raise SystemExit("the tests of atm are red: no numbers are printed")
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu else torch.float32
-    if not gpu:
-        print("no GPU here: our CPU path against naive eager, in float32; nothing below is a GPU number")
     ceilings = harness.ceilings(dtype)
     names = [name for name in SHAPES if gpu or name in ON_CPU]
-    rows = []
+    rows, more = [], {}
     for name in names[:1] if arguments.quick else names:
         rows += run(name, dtype, ceilings, 0.2 if arguments.quick else 1.0)
-    columns = ["shape", "pass", "what", "p20_ms", "p50_ms", "p80_ms", "peak_mib", "vs_naive", "vs_floor"]
+    columns = ["shape", "pass", "what", "p20_ms", "p50_ms", "p80_ms", "peak_mib", "vs_naive", "vs_library", "vs_floor"]
     print(harness.table(rows, [c for c in columns if gpu or c != "peak_mib"]))
-    print(harness.write("atm_kernel", arguments.out, dtype=str(dtype), ceilings=ceilings, rows=rows))
+    if gpu:
+        more["host"] = host_cost_us()
+        print(harness.table(more["host"], ["what", "grad", "host_us"]))
+    else:
+        print("\nno GPU here: nothing above is a GPU number. What the compiler makes of the kernels:")
+        import static
+
+        more["static"] = [row for row in static.static_table() if row["op"] == "atm"]
+        print(harness.table(more["static"], static.COLUMNS))
+    print(harness.write("atm_kernel", arguments.out, dtype=str(dtype), ceilings=ceilings, rows=rows, **more))
 
 
 if __name__ == "__main__":

@@ -23,35 +23,51 @@ from triton.compiler import ASTSource
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b")
+COLUMNS = ["op", "kernel", "variant", "arch", "registers", "spill_bytes", "shared_bytes", "tensor_core"]
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def atm_cases() -> Iterator[tuple[triton.JITFunction, str, dict, dict, dict]]:
-    """(kernel, variant, types of its arguments, compile-time arguments, options) at head width 32."""
-    floats = {"scale", "scale_log2", "mask_scale", "keep_scale"}
-    float32_pointers = {"carry_ptr", "mask_ptr", "lse_ptr", "delta_ptr"}
-    for dtype in (torch.bfloat16, torch.float32):
-        for dropout_p in (0.0, 0.1):
-            constants = atm.constants(dtype, 32, dropout_p)
-            for kernel in (atm.atm_forward, atm.atm_backward_keys, atm.atm_backward_queries):
-                known = dict(constants)
-                tiles, options = atm.config(dtype, kernel.__name__)
-                if kernel is atm.atm_forward:
-                    known |= {"HAS_CARRY": True, "BLOCK_C": tiles["BLOCK_C"]}
-                types = {}
-                for name in kernel.arg_names:
-                    if name in known:
-                        types[name] = "constexpr"
-                    elif name == "seed_ptr":
-                        types[name] = "*i64"
-                    elif name.endswith("_ptr"):
-                        types[name] = "*fp32" if name in float32_pointers else f"*{NAMES[dtype]}"
-                    elif name == "threshold":
-                        types[name] = "i64"
-                    else:
-                        types[name] = "fp32" if name in floats else "i32"
-                variant = f"{NAMES[dtype]}{', dropout' if dropout_p else ''}"
-                yield kernel, variant, types, known, options
+    """(kernel, variant, types of its arguments, compile-time arguments, options)."""
+    for dtype, width, N, dropout in (  # the shapes of the models, then what else the contract allows
+        (torch.bfloat16, 32, 150, False),
+        (torch.bfloat16, 32, 150, True),
+        (torch.bfloat16, 32, 171, False),
+        (torch.bfloat16, 32, 847, True),
+        (torch.float16, 16, 150, True),
+        (torch.bfloat16, 64, 150, True),
+        (torch.bfloat16, 128, 150, True),
+        (torch.float32, 32, 150, True),
+        (torch.float32, 64, 150, True),
+        (torch.float32, 128, 150, True),
+    ):
+        for kernel in (atm.atm_forward, atm.atm_backward_keys, atm.atm_backward_queries):
+            if N != 150 and kernel is not atm.atm_backward_keys:
+                continue  # the others are the same for every N
+            tiles, options = atm.config(kernel.__name__, dtype, width, N, dropout)
+            known = atm.constants(dtype, width, float(dropout)) | tiles
+            if kernel is atm.atm_forward:
+                known |= {"HAS_CARRY": True, "SIGMOID": width > 32}
+            variant = f"{NAMES[dtype]}, heads of {width}, {N} queries{', dropout' if dropout else ''}"
+            yield kernel, variant, _types(kernel, known, dtype), known, options
+
+
+def _types(kernel: triton.JITFunction, known: dict, dtype: torch.dtype) -> dict[str, str]:
+    """Types of a kernel's arguments, told by their names."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in known:
+            types[name] = "constexpr"
+        elif name == "seed_ptr":
+            types[name] = "*i64"
+        elif name.endswith("_ptr"):
+            float32 = name in ("carry_ptr", "mask_ptr", "lse_ptr", "delta_ptr")
+            types[name] = "*fp32" if float32 else f"*{NAMES[dtype]}"
+        elif name == "threshold":
+            types[name] = "i64"
+        else:
+            types[name] = "fp32" if name in ("scale", "scale_log2", "mask_scale", "keep_scale") else "i32"
+    return types
 
 
 CASES = {"atm": atm_cases}
@@ -113,8 +129,7 @@ def main() -> None:
         return
     import harness
 
-    columns = ["op", "kernel", "variant", "arch", "registers", "spill_bytes", "shared_bytes", "tensor_core"]
-    print(harness.table(static_table(), columns))
+    print(harness.table(static_table(), COLUMNS))
 
 
 if __name__ == "__main__":

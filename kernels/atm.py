@@ -15,15 +15,32 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634
 
 
-def config(dtype: torch.dtype, kernel: str) -> tuple[dict, dict]:
-    """Tiles (of queries, of features, of the width that the mask role reduces at a time) and a kernel's launch options.
+def config(kernel: str, dtype: torch.dtype, width: int, num_queries: int, dropout: bool) -> tuple[dict, dict]:
+    """Tiles of queries, features and reduced width, as compile-time arguments of a kernel, and its launch options.
 
-    A warp group's matrix instruction takes 64 rows. float32 runs without tensor cores, and spills with larger tiles.
+    A warp group takes 64 rows at once; float32 runs without tensor cores. By bench/static.py nothing spills
+    on sm_80, sm_90 and sm_100, and shared memory stays below the 99 KiB of smaller GPUs; larger tiles do not. The
+    backward over keys takes all queries at once where registers allow.
     """
-    exact = dtype == torch.float32
-    block = 32 if exact else 64
-    tiles = {"BLOCK_N": block, "BLOCK_L": block, "BLOCK_C": block}
-    return tiles, {"num_warps": 8 if exact and kernel != "atm_forward" else 4, "enable_fp_fusion": True}
+    exact, wide = dtype == torch.float32, width > 64
+    if kernel == "atm_forward":
+        block_n, block_l, warps = 64, 64, 8 if wide else 4
+        if exact:
+            block_n, block_l, warps = (32, 32, 4) if width <= 32 else (16, 16, 8)
+        return {"BLOCK_N": block_n, "BLOCK_L": block_l, "BLOCK_C": 32 if exact else 64}, _launch(warps)
+    if kernel == "atm_backward_queries":
+        block_n, block_l = (32, 16 if wide else 32) if exact else (64, 32 if wide else 64)
+        return {"BLOCK_N": block_n, "BLOCK_L": block_l}, _launch(8 if exact else 4)
+    block_n, block_l, rest = 64 if width <= 32 else 32, 64, 0
+    if exact:
+        block_n, block_l = 16 if wide else 32, 32
+    elif not dropout and width <= 32 and 64 < num_queries <= 192:
+        block_n, rest = 128, 32 if num_queries <= 160 else 64
+    return {"BLOCK_N": block_n, "REST_N": rest, "BLOCK_L": block_l}, _launch(8 if exact else 4)
+
+
+def _launch(warps: int) -> dict:
+    return {"num_warps": warps, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -121,6 +138,7 @@ def atm_forward(
     threshold,  # dropout_p · 2³²
     attention_programs,
     HAS_CARRY: tl.constexpr,
+    SIGMOID: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -177,7 +195,53 @@ def atm_forward(
         m_mask = (o_n[:, None] < N) & (o_l[None, :] < L)
         if HAS_CARRY:
             mask += tl.load(carry_ptr + p_mask, mask=m_mask, other=0.0)
+        if SIGMOID:
+            mask = tl.sigmoid(mask)
         tl.store(mask_ptr + p_mask, mask, mask=m_mask)
+
+
+@triton.jit
+def _meet(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptr,
+    grad_ptr,
+    lse_ptr,
+    delta_ptr,
+    q_stride,
+    grad_stride,
+    start,
+    N,
+    L,
+    width,
+    o_l,
+    scale_log2,
+    keep_scale,
+    key,
+    threshold,
+    DROPOUT: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of queries adds its share to the gradients of a tile of features."""
+    o_n, o_d = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    q = _rows(q_ptr, q_stride, o_n, o_d, N, width, EVEN_D)
+    grad = _rows(grad_ptr, grad_stride, o_n, o_d, N, width, EVEN_D)
+    lse = tl.load(lse_ptr + o_n, mask=o_n < N, other=float("inf"))
+    delta = tl.load(delta_ptr + o_n, mask=o_n < N, other=0.0)
+    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])  # [L, N]
+    dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+    kept = p
+    if DROPOUT:
+        z = tl.where(_kept(key, o_n[None, :] * L + o_l[:, None], threshold), keep_scale, 0.0)
+        dp, kept = dp * z, p * z
+    dv += tl.dot(kept.to(grad.dtype), grad, input_precision=PRECISION)
+    dk += tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, input_precision=PRECISION)
+    return dk, dv
 
 
 @triton.jit
@@ -208,6 +272,7 @@ def atm_backward_keys(
     DROPOUT: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    REST_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -225,21 +290,23 @@ def atm_backward_keys(
     key = tl.zeros([], tl.uint32)
     if DROPOUT:
         key = _dropout_key(seed_ptr, bh)
-    p_row = bh.to(tl.int64) * N
-    for start in range(0, N, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        q = _rows(q_ptr + b * q_batch + h * width, q_stride, o_n, o_d, N, width, EVEN_D)
-        grad = _rows(grad_ptr + b * N * C + h * width, C, o_n, o_d, N, width, EVEN_D)
-        lse = tl.load(lse_ptr + p_row + o_n, mask=o_n < N, other=float("inf"))
-        delta = tl.load(delta_ptr + p_row + o_n, mask=o_n < N, other=0.0)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])  # [L, N]
-        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        kept = p
-        if DROPOUT:
-            z = tl.where(_kept(key, o_n[None, :] * L + o_l[:, None], threshold), keep_scale, 0.0)
-            dp, kept = dp * z, p * z
-        dv += tl.dot(kept.to(grad.dtype), grad, input_precision=PRECISION)
-        dk += tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, input_precision=PRECISION)
+    p_q, p_grad = q_ptr + b * q_batch + h * width, grad_ptr + b * N * C + h * width
+    p_lse, p_delta = lse_ptr + bh.to(tl.int64) * N, delta_ptr + bh.to(tl.int64) * N
+    if REST_N > 0:  # straight on, without a loop: N <= BLOCK_N + REST_N
+        dk, dv = _meet(
+            dk, dv, k, v, p_q, p_grad, p_lse, p_delta, q_stride, C, 0, N, L, width, o_l, scale_log2, keep_scale, key,
+            threshold, DROPOUT, EVEN_D, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        dk, dv = _meet(
+            dk, dv, k, v, p_q, p_grad, p_lse, p_delta, q_stride, C, BLOCK_N, N, L, width, o_l, scale_log2, keep_scale,
+            key, threshold, DROPOUT, EVEN_D, REST_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    else:
+        for start in range(0, N, BLOCK_N):
+            dk, dv = _meet(
+                dk, dv, k, v, p_q, p_grad, p_lse, p_delta, q_stride, C, start, N, L, width, o_l, scale_log2, keep_scale,
+                key, threshold, DROPOUT, EVEN_D, BLOCK_N, BLOCK_D, PRECISION,
+            )  # fmt: skip
     m_out = (o_l[:, None] < L) & (o_d[None, :] < width)
     p_out = b * L * C + o_l[:, None].to(tl.int64) * C + h * width + o_d[None, :]
     tl.store(dk_ptr + p_out, (dk * scale).to(dk_ptr.dtype.element_ty), mask=m_out)
@@ -309,8 +376,8 @@ def atm_backward_queries(
 def unsupported(q: Tensor, num_heads: int) -> str | None:
     """Why these kernels cannot take the call; None where they can."""
     width = q.shape[-1] // num_heads
-    if not 16 <= width <= 32:
-        return f"heads are {width} wide; the kernels take 16 to 32 in this version"
+    if not 16 <= width <= 128:
+        return f"heads are {width} wide; the kernels take 16 to 128"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernels take float32, bfloat16 and float16, not {q.dtype}"
     return None
@@ -319,15 +386,8 @@ def unsupported(q: Tensor, num_heads: int) -> str | None:
 def constants(dtype: torch.dtype, width: int, dropout_p: float) -> dict:
     """Compile-time arguments that all kernels share, for heads of this width."""
     block = max(triton.next_power_of_2(width), 16)
-    tiles, _ = config(dtype, "")
-    return {
-        "DROPOUT": dropout_p > 0,
-        "EVEN_D": block == width,
-        "BLOCK_N": tiles["BLOCK_N"],
-        "BLOCK_L": tiles["BLOCK_L"],
-        "BLOCK_D": block,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-    }
+    precision = "ieee" if dtype == torch.float32 else "tf32"
+    return {"DROPOUT": dropout_p > 0, "EVEN_D": block == width, "BLOCK_D": block, "PRECISION": precision}
 
 
 def _on(t: Tensor) -> contextlib.AbstractContextManager:
@@ -348,7 +408,8 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,  # [1] int64
     mask_carry: Tensor | None,  # [B, N, L] float32
-) -> tuple[Tensor, Tensor, Tensor]:  # out [B, N, C], mask logits [B, N, L], lse [B, H, N] base 2
+    sigmoid: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # out [B, N, C], mask logits (or their sigmoid) [B, N, L], lse [B, H, N] base 2
     q, k, v = _dense(q, k, v)
     B, N, C = q.shape
     L = k.shape[1]
@@ -356,7 +417,7 @@ def forward(
     out = q.new_empty(q.shape)
     mask = q.new_empty((B, N, L), dtype=torch.float32)
     lse = q.new_empty((B, num_heads, N), dtype=torch.float32)
-    tiles, options = config(q.dtype, "atm_forward")
+    tiles, options = config("atm_forward", q.dtype, C // num_heads, N, dropout_p > 0)
     tiles_n, tiles_l = triton.cdiv(N, tiles["BLOCK_N"]), triton.cdiv(L, tiles["BLOCK_L"])
     attention = B * num_heads * tiles_n
     with _on(q):
@@ -365,8 +426,8 @@ def forward(
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             num_heads, N, L, C // num_heads, scale * LOG2_E, scale / num_heads,
             1 / (1 - dropout_p), int(dropout_p * 2**32), attention,
-            HAS_CARRY=carry is not None, BLOCK_C=tiles["BLOCK_C"],
-            **constants(q.dtype, C // num_heads, dropout_p), **options,
+            HAS_CARRY=carry is not None, SIGMOID=sigmoid,
+            **constants(q.dtype, C // num_heads, dropout_p), **tiles, **options,
         )  # fmt: skip
     return out, mask, lse
 
@@ -396,12 +457,13 @@ def backward(
         num_heads, N, L, C // num_heads, scale, scale * LOG2_E, 1 / (1 - dropout_p), int(dropout_p * 2**32),
     )  # fmt: skip
     known = constants(q.dtype, C // num_heads, dropout_p)
-    for kernel, outputs, tokens, block in (
-        (atm_backward_keys, (dk, dv), L, known["BLOCK_L"]),
-        (atm_backward_queries, (dq,), N, known["BLOCK_N"]),
+    for kernel, outputs, tokens, owned in (
+        (atm_backward_keys, (dk, dv), L, "BLOCK_L"),
+        (atm_backward_queries, (dq,), N, "BLOCK_N"),
     ):
-        _, options = config(q.dtype, kernel.__name__)
+        tiles, options = config(kernel.__name__, q.dtype, C // num_heads, N, dropout_p > 0)
+        programs = B * num_heads * triton.cdiv(tokens, tiles[owned])
         with _on(q):
-            kernel[(B * num_heads * triton.cdiv(tokens, block),)](*inputs, *outputs, *numbers, **known, **options)
+            kernel[(programs,)](*inputs, *outputs, *numbers, **known, **tiles, **options)
     share = (grad_mask * (scale / num_heads)).to(q.dtype)
     return torch.baddbmm(dq, share, k), torch.baddbmm(dk, share.mT, q), dv

@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import kernel
 from torch.library import opcheck
 
@@ -51,16 +52,16 @@ def test_reference_gradcheck(dropout_p):
     )
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_operator_gradcheck_and_opcheck(dropout_p):
+@pytest.mark.parametrize(("dropout_p", "sigmoid"), [(0.0, False), (0.3, False), (0.3, True)])
+def test_operator_gradcheck_and_opcheck(dropout_p, sigmoid):
     q, k, v, mask = inputs(2, 2, 3, 5, 2)
     seed = torch.tensor([42]) if dropout_p else None
     op = torch.ops.segvit.atm.default
     assert torch.autograd.gradcheck(
-        lambda *a: op(*a[:3], 2, 0.7, dropout_p, seed, a[3], "reference")[:2], (q, k, v, mask)
+        lambda *a: op(*a[:3], 2, 0.7, dropout_p, seed, a[3], sigmoid, "reference")[:2], (q, k, v, mask)
     )
-    opcheck(op, (q, k, v, 2, 0.7, dropout_p, seed, mask, "reference"))
-    opcheck(op, (*inputs(2, 2, 3, 5, 2, torch.bfloat16)[:3], 2, 0.7, dropout_p, seed, None, "reference"))
+    opcheck(op, (q, k, v, 2, 0.7, dropout_p, seed, mask, sigmoid, "reference"))
+    opcheck(op, (*inputs(2, 2, 3, 5, 2, torch.bfloat16)[:3], 2, 0.7, dropout_p, seed, None, sigmoid, "reference"))
 
 
 def test_gradient_flows_through_each_output_alone():
@@ -206,7 +207,7 @@ def test_a_reason_is_asked_for_only_when_it_matters():
 
 def test_a_second_derivative_is_refused_and_not_wrong():
     q, k, v, _ = inputs(1, 1, 2, 3, 4)
-    out, _ = torch.ops.segvit.atm(q, k, v, 1, 0.5, 0.0, None, None, "reference")[:2]
+    out, _ = torch.ops.segvit.atm(q, k, v, 1, 0.5, 0.0, None, None, False, "reference")[:2]
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -223,11 +224,17 @@ def test_the_environment_variable_binds_only_operators_that_have_the_backend(mon
 
 # The Triton kernels: `-m gpu` runs these on a GPU, tests/test_interpreter.py under Triton's interpreter on the CPU.
 # Sizes are odd on purpose; heads of 24 are no power of two.
-KERNEL_CASES = [  # B, H, N, L, d, dropout, carry
-    (2, 2, 37, 53, 32, 0.0, True),
-    (1, 2, 70, 130, 16, 0.3, False),
-    (2, 1, 1, 64, 24, 0.0, True),
-    (1, 3, 65, 1, 16, 0.5, True),
+KERNEL_CASES = [  # B, H, N, L, d, dropout, carry, sigmoid
+    (2, 2, 37, 53, 32, 0.0, True, False),
+    (1, 2, 70, 130, 16, 0.3, False, False),
+    (2, 1, 1, 64, 24, 0.0, True, True),
+    (1, 3, 65, 1, 16, 0.5, True, False),
+    (1, 2, 33, 70, 64, 0.3, True, False),
+    (1, 1, 40, 35, 96, 0.0, False, True),
+    (1, 1, 20, 66, 128, 0.1, True, False),
+    (1, 1, 150, 70, 16, 0.0, False, False),  # all queries at once: 128 + 32
+    (1, 1, 170, 70, 16, 0.0, True, False),  # 128 + 64
+    (1, 1, 200, 33, 16, 0.0, False, False),  # too many: a loop
 ]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LANE = "cpu" if INTERPRETED else "cuda"
@@ -239,7 +246,7 @@ LANE = "cpu" if INTERPRETED else "cuda"
 def test_kernel_is_as_exact_as_plain_pytorch_in_the_same_dtype(case, dtype, poisoned):
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter multiplies the bit patterns of bf16")
-    B, H, N, L, d, dropout_p, carried = case
+    B, H, N, L, d, dropout_p, carried, sigmoid = case
     q, k, v = (torch.randn(B, n, H * d, device=LANE).to(dtype) for n in (N, L, L))
     carry = torch.randn(B, N, L, device=LANE) if carried else None
     seed = torch.tensor([2**61 + 12345], device=LANE)
@@ -253,8 +260,8 @@ def test_kernel_is_as_exact_as_plain_pytorch_in_the_same_dtype(case, dtype, pois
         return [out.detach(), mask.detach(), *grads]
 
     scale = d**-0.5
-    plain = lambda q, k, v, c: reference.atm(q, k, v, H, None, dropout_p, c, seed=seed)  # noqa: E731
-    fused = lambda q, k, v, c: torch.ops.segvit.atm(q, k, v, H, scale, dropout_p, seed, c, "triton")[:2]  # noqa: E731
+    plain = lambda q, k, v, c: reference.atm(q, k, v, H, None, dropout_p, c, sigmoid, seed)  # noqa: E731
+    fused = lambda q, k, v, c: torch.ops.segvit.atm(q, k, v, H, scale, dropout_p, seed, c, sigmoid, "triton")[:2]  # noqa: E731
     want, allowed = run(plain, lambda t: t.double()), run(plain, lambda t: t.clone())
     got, again = run(fused, lambda t: t.clone()), run(fused, lambda t: t.clone())
     for g, a, p, w in zip(got, again, allowed, want):
@@ -276,8 +283,41 @@ def test_kernel_behind_the_public_function():
             torch.testing.assert_close(a, b)
     first, second = (atm(q, k, v, 2, dropout_p=0.5, backend="triton")[0] for _ in range(2))
     assert not torch.equal(first, second)
-    arguments = (q.requires_grad_(), k.contiguous(), v.contiguous(), 2, 0.25, 0.0, None, carry, "triton")
+    arguments = (q.requires_grad_(), k.contiguous(), v.contiguous(), 2, 0.25, 0.0, None, carry, False, "triton")
     opcheck(torch.ops.segvit.atm.default, arguments)
+
+
+@kernel
+def test_kernel_compiles_to_at_most_two_graphs_over_batch_sizes():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    step = torch.compile(lambda q, k, v: atm(q, k, v, 1, backend="triton"), fullgraph=True, backend=counter)
+    for B in (1, 2, 3, 8):
+        leaves = [t.to(LANE).requires_grad_() for t in inputs(B, 1, 5, 9, 16, torch.float32, carry=False)[:3]]
+        out, mask = step(*leaves)
+        (out.sum() + mask.sum()).backward()
+        torch.testing.assert_close(out, atm(*leaves, 1, backend="reference")[0])
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["library", "triton"])
+def test_a_replayed_graph_draws_fresh_dropout(backend):
+    q, k, v = (t.cuda() for t in inputs(2, 2, 40, 70, 32, torch.float16, carry=False, grad=False)[:3])
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # compiles and allocates before the capture
+        atm(q, k, v, 2, dropout_p=0.5, backend=backend)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, mask = atm(q, k, v, 2, dropout_p=0.5, backend=backend)
+    draws = []
+    for _ in range(3):
+        graph.replay()
+        draws.append((out.clone(), mask.clone()))
+    assert not torch.equal(draws[0][0], draws[1][0])
+    assert not torch.equal(draws[1][0], draws[2][0])
+    assert torch.equal(draws[0][1], draws[2][1])
 
 
 @kernel
@@ -301,7 +341,7 @@ def test_kernel_survives_queries_unlike_every_feature(dtype, shift):
 @kernel
 def test_kernel_refuses_what_it_cannot_take_with_the_reason():
     q, k, v = (t.to(LANE) for t in inputs(1, 1, 2, 3, 8, torch.float32, carry=False)[:3])
-    with pytest.raises(RuntimeError, match="heads are 8 wide; the kernels take 16 to 32"):
+    with pytest.raises(RuntimeError, match="heads are 8 wide; the kernels take 16 to 128"):
         atm(q, k, v, 1, backend="triton")
     q, k, v = (t.to(LANE) for t in inputs(1, 1, 2, 3, 16, torch.float64, carry=False)[:3])
     with pytest.raises(RuntimeError, match="the kernels take float32, bfloat16 and float16"):

@@ -58,8 +58,8 @@ def atm(
         if name == "library":
             return _library(q, k, v, num_heads, scale, dropout_p, mask_carry, sigmoid)
         seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
-        out, mask, _ = torch.ops.segvit.atm(q, k, v, num_heads, scale, dropout_p, seed, mask_carry, name)
-        return out, mask.sigmoid() if sigmoid else mask
+        out, mask, _ = torch.ops.segvit.atm(q, k, v, num_heads, scale, dropout_p, seed, mask_carry, sigmoid, name)
+        return out, mask
 
 
 def _triton_reason(q: Tensor, num_heads: int) -> str | None:
@@ -113,16 +113,16 @@ def _statistics_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _forward(q, k, v, num_heads, scale, dropout_p, seed, mask_carry, backend):
+def _forward(q, k, v, num_heads, scale, dropout_p, seed, mask_carry, sigmoid, backend):
     if backend == "triton":
         from segvit.kernels.atm import forward
 
-        return forward(q, k, v, num_heads, scale, dropout_p, seed, mask_carry)
-    out, mask = reference_atm(q, k, v, num_heads, scale, dropout_p, mask_carry, seed=seed)
+        return forward(q, k, v, num_heads, scale, dropout_p, seed, mask_carry, sigmoid)
+    out, mask = reference_atm(q, k, v, num_heads, scale, dropout_p, mask_carry, sigmoid, seed)
     return out, mask, q.new_zeros((q.shape[0], num_heads, q.shape[1]), dtype=_statistics_dtype(q))
 
 
-def _forward_fake(q, k, v, num_heads, scale, dropout_p, seed, mask_carry, backend):
+def _forward_fake(q, k, v, num_heads, scale, dropout_p, seed, mask_carry, sigmoid, backend):
     B, N, _ = q.shape
     dtype = _statistics_dtype(q)
     mask = q.new_empty((B, N, k.shape[1]), dtype=dtype)
@@ -143,11 +143,11 @@ def _backward_fake(grad_out, grad_mask, q, k, v, *rest):
 
 class _Autograd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, num_heads, scale, dropout_p, seed, mask_carry, backend):
-        arguments = (q, k, v, num_heads, scale, dropout_p, seed, mask_carry, backend)
+    def forward(ctx, q, k, v, num_heads, scale, dropout_p, seed, mask_carry, sigmoid, backend):
+        arguments = (q, k, v, num_heads, scale, dropout_p, seed, mask_carry, sigmoid, backend)
         out, mask, lse = below_autograd(torch.ops.segvit.atm, *arguments)
         ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(q, k, v, out, lse, seed)
+        ctx.save_for_backward(q, k, v, out, lse, seed, mask if sigmoid else None)
         ctx.arguments = num_heads, scale, dropout_p
         ctx.backend = backend
         return out, mask, lse
@@ -155,10 +155,12 @@ class _Autograd(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_mask, grad_lse):
-        *saved, seed = ctx.saved_tensors
+        *saved, seed, mask = ctx.saved_tensors
         with without_autocast(grad_out.device):
+            if mask is not None:
+                grad_mask = grad_mask * mask * (1 - mask)
             grads = torch.ops.segvit.atm_backward(grad_out, grad_mask, *saved, *ctx.arguments, seed, ctx.backend)
-        return *grads, None, None, None, None, grad_mask if ctx.needs_input_grad[7] else None, None
+        return *grads, None, None, None, None, grad_mask if ctx.needs_input_grad[7] else None, None, None
 
 
 register(
@@ -169,7 +171,7 @@ register(
 )
 register(
     "atm(Tensor q, Tensor k, Tensor v, int num_heads, float scale, float dropout_p, Tensor? seed, "
-    "Tensor? mask_carry, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor? mask_carry, bool sigmoid, str backend) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     _Autograd,
