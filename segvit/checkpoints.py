@@ -1,5 +1,6 @@
 """Checkpoints that are never half written, the newest of a run, and models that go on with other classes."""
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -11,10 +12,16 @@ from torch import nn
 from segvit.models import SegViT
 
 STATE = "training.pt"  # beside model.safetensors and config.json: what going on needs
+LABELS = "data.json"  # and how the labels of its data were read
 
 
-def save_checkpoint(model: nn.Module, folder: str | Path, state: dict | None = None) -> None:
-    """safetensors + config.json (and state) in `folder`, complete or not at all: written beside it, then renamed."""
+def save_checkpoint(
+    model: nn.Module, folder: str | Path, state: dict | None = None, labels: dict | None = None
+) -> None:
+    """safetensors + config.json in `folder`, complete or not at all: written beside it, then renamed.
+
+    With a state, training can go on from there; `labels` is how the data were read, for evaluation.
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
@@ -22,6 +29,8 @@ def save_checkpoint(model: nn.Module, folder: str | Path, state: dict | None = N
     model.save_pretrained(new)
     if state is not None:
         torch.save(state, new / STATE)
+    if labels is not None:
+        (new / LABELS).write_text(json.dumps(labels, indent=2))
     umask = os.umask(0)
     os.umask(umask)
     for path in new.iterdir():  # safetensors writes files that nobody else may read
@@ -66,23 +75,55 @@ def load_state(folder: Path) -> dict:
         ) from error
 
 
-def load_model(checkpoint: str | Path) -> SegViT:
-    """A saved model: a folder, a run (its best model, or before the first validation its newest), or a name on the Hub.
+def find_checkpoint(name: str | Path) -> Path | str:
+    """The folder of a saved model: itself, or of a run its best model (its newest, before the first validation).
+
+    What is no folder, but could be a name on the Hub, is returned as it is.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+    """
+    folder = Path(name)
+    for path in (folder, folder / "best", *reversed(step_folders(folder))):
+        if (path / "config.json").is_file():
+            return path
+    if str(name).count("/") == 1 and not folder.exists() and not folder.parent.is_dir():
+        return str(name)
+    raise FileNotFoundError(f"{name}: no checkpoint there (a folder with config.json and model.safetensors)")
+
+
+def load_model(name: str | Path) -> SegViT:
+    """A saved model: a folder, a run, or a name on the Hub; see find_checkpoint.
 
     Raises:
         FileNotFoundError: no checkpoint there.
         ValueError: one that cannot be loaded.
     """
-    name, folder = str(checkpoint), Path(checkpoint)
-    runs = [path for path in (folder / "best", *reversed(step_folders(folder))) if (path / "config.json").is_file()]
-    folder = runs[0] if runs else folder
-    on_hub = name.count("/") == 1 and not folder.exists() and not folder.parent.is_dir()
-    if not (folder / "config.json").is_file() and not on_hub:
-        raise FileNotFoundError(f"{checkpoint}: no checkpoint there (a folder with config.json and model.safetensors)")
+    found = find_checkpoint(name)
     try:
-        return SegViT.from_pretrained(name if on_hub else folder)
+        return SegViT.from_pretrained(found)
     except Exception as error:  # a damaged file raises what its reader raises
-        raise ValueError(f"{checkpoint}: cannot load this model: {error}") from error
+        raise ValueError(f"{name}: cannot load this model: {error}") from error
+
+
+def load_labels(name: str | Path) -> dict:
+    """How the labels of a saved model's training data were read; empty if nobody knows."""
+    path = Path(find_checkpoint(name), LABELS)
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def make_folder(folder: Path) -> None:
+    """A folder that can be written to.
+
+    Raises:
+        PermissionError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").write_text("")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise PermissionError(f"{folder}: cannot write there ({error.strerror}); change --out") from error
 
 
 def with_classes(model: SegViT, class_names: Sequence[str], **overrides) -> tuple[SegViT, str]:

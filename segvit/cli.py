@@ -1,7 +1,9 @@
 """The `segvit` command. A wrong argument or file ends in one line and exit code 2 or 1, never in a traceback."""
 
+import difflib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -25,6 +27,8 @@ EXAMPLES = {
 class Parser(jsonargparse.ArgumentParser):
     """A wrong argument is one line, not a page of usage."""
 
+    of_command: tuple[str, ...] = ()  # options of the sub-command, for the nearest name
+
     def flags(self) -> set[str]:
         """Options that are true or false."""
         return {
@@ -36,6 +40,16 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None):
         line = " ".join(str(message).split())
+        if match := re.match(r'Parser key "(\w+)": Does not validate against any.*Given value: (.*)$', line):
+            line = f'--{match[1]} cannot be {match[2]}; lists are written "[1, 2]" and maps "{{1: 2}}", in quotes'
+        elif match := re.match(r"unrecognized arguments: (--[\w-]+)", line):
+            options = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(match[1], [*options, *self.of_command], n=2)
+            line += f"; near: {', '.join(near)}" if near else ""
+        elif "File does not exist" in line and '"config"' in line:
+            line += (
+                f"; recipes that come with segvit: {', '.join(sorted(path.stem for path in RECIPES.glob('*.yaml')))}"
+            )
         raise SystemExit(_fail(f"{self.prog}: {line} (see --help)", 2))
 
 
@@ -56,6 +70,7 @@ def _parse(argv: list[str]):
         if name == chosen:
             arguments(command)
             argv = _written_out(argv, command.flags())
+            parser.of_command = tuple(option for action in command._actions for option in action.option_strings)
         commands.add_subcommand(name, command, help=describe)
     return parser.parse_args(_recipe_first(argv) if chosen == "train" else argv)
 
@@ -137,23 +152,31 @@ def _train(arguments) -> None:
         print(result["checkpoint"])
 
 
-def _label_arguments(parser: Parser) -> None:
-    parser.add_argument("--layout", type=str, default="folder", help="of the data, as in segvit train")
+def _label_arguments(parser: Parser, otherwise: str) -> None:
+    """How labels are read; what is not given is as the model's training had it (or segvit's default)."""
+    parser.add_argument("--layout", type=str | None, default=None, help=f"of the data, as in segvit train; {otherwise}")
     parser.add_argument("--classes", type=str | None, default=None, help="class names, one a line")
-    parser.add_argument("--ignore_index", type=int, default=255, help="label of pixels without a truth")
+    parser.add_argument("--ignore_index", type=int | None, default=None, help="label of pixels without a truth")
     parser.add_argument(
         "--label_map", type=dict[int | str, int] | None, default=None, help="label in the files to class, {255: 1}"
     )
-    parser.add_argument("--reduce_zero_label", type=bool, default=False, help="0 is ignored, k means class k-1")
+    parser.add_argument("--reduce_zero_label", type=bool | None, default=None, help="0 is ignored, k means class k-1")
 
 
-def _label_options(arguments) -> dict:
-    return {name: arguments[name] for name in ("layout", "ignore_index", "label_map", "reduce_zero_label")}
+def _label_options(arguments, remembered: dict) -> dict:
+    """What was given, else what training used, else segvit's defaults."""
+    defaults = {"layout": "folder", "ignore_index": 255, "label_map": None, "reduce_zero_label": False}
+    chosen = {name: remembered.get(name, default) for name, default in defaults.items()}
+    given = {name: arguments[name] for name in defaults if arguments[name] is not None}
+    kept = {n: v for n, v in chosen.items() if n not in given and v != defaults[n] and n != "layout"}
+    if kept:
+        print(f"labels are read as in training: {', '.join(f'{n} {v}' for n, v in kept.items())}", file=sys.stderr)
+    return chosen | given
 
 
 def _check_arguments(parser: Parser) -> None:
     parser.add_argument("data", type=str, help="folder or CSV file of segvit train, or one part of it")
-    _label_arguments(parser)
+    _label_arguments(parser, "folder by default")
     parser.add_argument("--picture", type=str | None, default=None, help="write some images beside their labels here")
     parser.add_argument("--json", action="store_true", help="print one JSON value and nothing else to stdout")
 
@@ -164,10 +187,16 @@ def _check(arguments) -> None:
     from segvit.data.layouts import has_part, open_data
     from segvit.visualize import comparison
 
-    parts = [part for part in ("train", "val") if has_part(arguments.data, part, arguments.layout)] or [None]
-    sets = {
-        part: open_data(arguments.data, part, classes=arguments.classes, **_label_options(arguments)) for part in parts
-    }
+    options = _label_options(arguments, {})
+    parts = [part for part in ("train", "val") if has_part(arguments.data, part, options["layout"])]
+    if not parts:
+        parts = [None if has_part(arguments.data, None, options["layout"]) else "train"]
+    sets = {part: open_data(arguments.data, part, classes=arguments.classes, **options) for part in parts}
+    files = {path.resolve() for data in sets.values() for pair in data.pairs for path in pair}
+    if arguments.picture and Path(arguments.picture).resolve() in files:
+        raise ValueError(
+            f"{arguments.picture} is a file of this data set, and would be overwritten; choose another name"
+        )
     reports = [check_data(data, part or "all") for part, data in sets.items()]
     judge(*reports)
     good = not any(report.problems for report in reports)
@@ -179,7 +208,9 @@ def _check(arguments) -> None:
         first = next(iter(sets.values()))
         chosen = range(0, len(first), max(len(first) // 6, 1))[:6]
         rows = [(read_image(first.pairs[i][0]), first.read_labels(i)[1]) for i in chosen]
+        Path(arguments.picture).parent.mkdir(parents=True, exist_ok=True)
         comparison(rows, first.classes, side=360).save(arguments.picture)
+        print(arguments.picture, file=sys.stderr if arguments.json else sys.stdout)
     if not good:
         raise ValueError("the data has problems that training would refuse (named above)")
 
@@ -188,17 +219,20 @@ def _prediction_arguments(parser: Parser) -> None:
     parser.add_argument("--mode", type=str, default="auto", help="whole, slide, or auto: slide where images are large")
     parser.add_argument("--crop", type=int | list[int] | None, default=None, help="window; the model's size")
     parser.add_argument("--stride", type=int | list[int] | None, default=None, help="of windows; 2/3 of the crop")
-    parser.add_argument("--short_side", type=int | None, default=None, help="resize images to this short side first")
+    parser.add_argument(
+        "--short_side", type=int | None, default=None, help="resize images to this short side first; as in training"
+    )
     parser.add_argument("--scales", type=list[float], default=[1.0], help="image scales to average over")
     parser.add_argument("--flip", type=bool, default=False, help="also average over mirrored images")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 …")
 
 
-def _prediction_options(arguments) -> dict:
+def _prediction_options(arguments, remembered: dict) -> dict:
     if arguments.mode == "whole" and (arguments.crop or arguments.stride):
         raise ValueError("--crop and --stride go with --mode slide or auto")
-    names = ("mode", "stride", "short_side", "scales", "flip")
-    return {name: arguments[name] for name in names} | {"crop_size": arguments.crop}
+    names = ("mode", "stride", "scales", "flip")
+    short_side = remembered.get("short_side") if arguments.short_side is None else arguments.short_side
+    return {name: arguments[name] for name in names} | {"crop_size": arguments.crop, "short_side": short_side}
 
 
 def _load(checkpoint: str, device: str):
@@ -209,6 +243,8 @@ def _load(checkpoint: str, device: str):
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("there is no GPU that PyTorch can use; --device cpu")
     return load_model(checkpoint).to(device).eval()
 
 
@@ -216,24 +252,28 @@ def _evaluate_arguments(parser: Parser) -> None:
     parser.add_argument("checkpoint", type=str, help="folder of a run or of a saved model, or a name on the Hub")
     parser.add_argument("data", type=str, help="folder or CSV file: a whole data set, or one part of it")
     parser.add_argument("--part", type=str | None, default=None, help="of a whole data set; val by default")
-    _label_arguments(parser)
+    _label_arguments(parser, "what training had by default")
     parser.add_argument("--json", action="store_true", help="print one JSON value and nothing else to stdout")
     _prediction_arguments(parser)
 
 
 def _evaluate(arguments) -> None:
+    from segvit.checkpoints import load_labels
     from segvit.data.layouts import has_part, open_data
     from segvit.training import evaluate
 
     model = _load(arguments.checkpoint, arguments.device)
+    remembered = load_labels(arguments.checkpoint)
+    options = _label_options(arguments, remembered)
     part = arguments.part
-    if part is None and (has_part(arguments.data, "val", arguments.layout) or not has_part(arguments.data, None)):
+    whole = has_part(arguments.data, None, options["layout"])
+    if part is None and (has_part(arguments.data, "val", options["layout"]) or not whole):
         part = "val"
-    names = _agreed_classes(model.class_names, arguments)
-    data = open_data(arguments.data, part, classes=names, channels=len(model.mean), **_label_options(arguments))
+    names = _agreed_classes(model.class_names, arguments, options["layout"])
+    data = open_data(arguments.data, part, classes=names, channels=len(model.mean), **options)
     if part is None:
         print(f"{arguments.data} has no parts: all {len(data)} images", file=sys.stderr)
-    scores = evaluate(model, data, arguments.ignore_index, **_prediction_options(arguments))
+    scores = evaluate(model, data, options["ignore_index"], **_prediction_options(arguments, remembered))
     if arguments.json:
         value = {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc, "images": len(data)}
         value |= {"iou": dict(zip(names, scores.iou)), "absent": scores.absent(names)}
@@ -243,12 +283,12 @@ def _evaluate(arguments) -> None:
     print(f"mIoU {scores.miou:.4f}  mAcc {scores.macc:.4f}  aAcc {scores.aacc:.4f}  on {len(data)} images")
 
 
-def _agreed_classes(trained: list[str], arguments) -> list[str]:
+def _agreed_classes(trained: list[str], arguments, layout: str) -> list[str]:
     """The model's classes; an error where the data names others, whose numbers would mean something else."""
     from segvit.data.layouts import find_classes
 
     try:
-        named = find_classes(arguments.data, arguments.layout, arguments.classes)
+        named = find_classes(arguments.data, layout, arguments.classes)
     except FileNotFoundError:
         if arguments.classes is not None:
             raise
@@ -256,7 +296,7 @@ def _agreed_classes(trained: list[str], arguments) -> list[str]:
     if named == trained or (len(named) == len(trained) and trained == [f"class {i}" for i in range(len(trained))]):
         return named
     if len(named) != len(trained):
-        raise ValueError(f"the model has {len(trained)} classes, the data {len(named)}")
+        raise ValueError(f"the model has {len(trained)} classes, the data {len(named)}: it was trained on other data")
     i = next(i for i, (ours, theirs) in enumerate(zip(trained, named)) if ours != theirs)
     raise ValueError(
         f"class {i} is {trained[i]!r} to the model, but {named[i]!r} in the data; --classes names them anew"
@@ -282,8 +322,9 @@ def _predict_arguments(parser: Parser) -> None:
 def _predict(arguments) -> None:
     from tqdm import tqdm
 
+    from segvit.checkpoints import load_labels, make_folder
     from segvit.data.images import EXTENSIONS, read_image
-    from segvit.inference import predict
+    from segvit.inference import plan_prediction, predict
     from segvit.visualize import label_image, overlay
 
     paths = []
@@ -294,6 +335,7 @@ def _predict(arguments) -> None:
         if not inside:
             raise ValueError(f"{given}: no images in this folder ({', '.join(EXTENSIONS)})")
         paths += inside
+    paths = list({path.resolve(): path for path in paths}.values())  # each file once
     out = Path(arguments.out)
     written: dict[Path, Path] = {}
     for path in paths:
@@ -306,9 +348,10 @@ def _predict(arguments) -> None:
     taken = {target.resolve() for target in written} & {path.resolve() for path in paths}
     if taken:
         raise ValueError(f"{min(taken)} is an image to predict, and would be overwritten; choose another --out")
-    options = _prediction_options(arguments)
     model = _load(arguments.checkpoint, arguments.device)
-    out.mkdir(parents=True, exist_ok=True)
+    options = _prediction_options(arguments, load_labels(arguments.checkpoint))
+    plan_prediction(model, **options)
+    make_folder(out)
     unread = []
     for path in tqdm(paths, desc="predicting", unit="image"):
         try:

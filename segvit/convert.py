@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -253,10 +254,12 @@ def read_official(file: str | Path) -> dict[str, Tensor]:
         if Path(file).suffix == ".safetensors":
             state = load_file(file)
         else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # advice on files that are refused below
+                state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported" not in str(error) and "GLOBAL" not in str(error):
-            raise ValueError(f"{file}: not a readable checkpoint ({error})") from error
+            raise ValueError(f"{file}: not a readable checkpoint") from error
         raise ValueError(
             f"{file}: reading this pickle would run code that is stored in it, so it is refused. If you trust its "
             "source, take the tensors out where nothing can be harmed: torch.load(file, weights_only=False)"

@@ -1,5 +1,6 @@
 """A training run at the shell: data, checks, model, checkpoints, and going on where one stopped."""
 
+import difflib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from segvit.checkpoints import (
     keep_newest,
     load_model,
     load_state,
+    make_folder,
     restore,
     save_checkpoint,
     step_folders,
@@ -33,6 +35,7 @@ from segvit.models import SegViT, create_model, list_models
 from segvit.models.segvit import as_pair
 from segvit.training import evaluate, fit
 
+LABEL_OPTIONS = ("layout", "ignore_index", "label_map", "reduce_zero_label", "short_side")  # evaluation needs them too
 HELD_OUT = "held_out.csv"  # validation images of a run whose data has no val part
 
 
@@ -110,7 +113,7 @@ def train_folder(
         clip: largest norm of the gradients.
         ignored: masked leaves ignored pixels out of the masks' loss; negative counts them as the official code does.
         precision: no (float32), bf16 or fp16.
-        validate_every: steps between validations and checkpoints; a tenth of the run by default.
+        validate_every: steps between validations and checkpoints; a tenth of the run, at least 200, by default.
         mode: of validation, whole, slide (windows of the crop) or auto (slide where images are large).
         stride: of validation windows.
         keep: how many of the newest checkpoints to keep, beside the best.
@@ -132,7 +135,7 @@ def train_folder(
         from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
     except ImportError as error:
         raise RuntimeError("training needs Accelerate: pip install 'segvit[train]'") from error
-    _check_options(steps, batch_size, keep, validate_every, scale)
+    _check_options(steps, batch_size, keep, validate_every, scale, precision)
     set_seed(seed)
     precision = {"False": "no"}.get(str(precision), precision)  # YAML reads no as false
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # one process checks the data, the others wait
@@ -164,13 +167,14 @@ def train_folder(
     accelerator.wait_for_everyone()  # all have looked at the folder, before anybody writes to it
     problem = [None]
     if main:
-        _make_folder(run)
+        make_folder(run)
         problem = [_refusal(data, train, val) if check and newest is None else None]
     if accelerator.num_processes > 1:
         broadcast_object_list(problem)
     if problem[0]:
         raise ValueError(problem[0])
     train.transform = TrainTransform(size, mean, std, ignore_index, scale, short_side)
+    labels = {name: options[name] for name in LABEL_OPTIONS}
     best = {"miou": None, "checkpoint": str(run / "best")}
     if state is not None:
         best["miou"] = _go_on(run, state, accelerator)
@@ -184,15 +188,16 @@ def train_folder(
 
     def checkpoint(training: dict) -> None:
         if main:
-            save_checkpoint(network, run / f"step_{training['step']:08d}", training | {"options": options})
+            save_checkpoint(network, run / f"step_{training['step']:08d}", training | {"options": options}, labels)
             keep_newest(run, keep)
 
     def validate(step: int) -> Scores:
-        scores = evaluate(network, val, ignore_index, progress=main, **evaluation)
+        alone = accelerator.num_processes == 1  # else all must leave together
+        scores = evaluate(network, val, ignore_index, main, stopped if alone else lambda: False, **evaluation)
         if best["miou"] is None or not scores.miou <= best["miou"]:
             best["miou"] = scores.miou
             if main:
-                save_checkpoint(network, run / "best")
+                save_checkpoint(network, run / "best", labels=labels)
         accelerator.wait_for_everyone()
         return scores
 
@@ -214,7 +219,7 @@ def train_folder(
             accelerator=accelerator,
             log=run / "log.jsonl" if main else None,
             validate=validate,
-            validate_every=validate_every or max(steps // 10, 1),
+            validate_every=validate_every or max(steps // 10, 200),
             checkpoint=checkpoint,
             state=state,
             stopped=stopped,
@@ -222,7 +227,11 @@ def train_folder(
     return best | {"records": records, "main_process": main}
 
 
-def _check_options(steps: int, batch_size: int, keep: int, validate_every: int | None, scale: Sequence[float]) -> None:
+def _check_options(
+    steps: int, batch_size: int, keep: int, validate_every: int | None, scale: Sequence[float], precision: str | bool
+) -> None:
+    if str(precision) not in ("no", "False", "bf16", "fp16"):
+        raise ValueError(f"precision must be no, bf16 or fp16, got {precision!r}")
     for name, value in (
         ("steps", steps),
         ("batch_size", batch_size),
@@ -301,6 +310,9 @@ def _model(
     elif name in {info.name for info in list_models()}:
         model = create_model(name, **known, **({"image_size": crop} if crop else {}), **given)
     else:
+        near = difflib.get_close_matches(name, [info.name for info in list_models()], n=2)
+        if near and not Path(name).exists():
+            raise ValueError(f"there is no model {name!r}; near: {', '.join(near)}")
         drop_path = {"drop_path": given["drop_path"]} if "drop_path" in given else {}
         model, said = with_classes(load_model(name), classes, **memory, **drop_path)
         print(f"{name}: {said}", file=sys.stderr)
@@ -319,15 +331,6 @@ def _refusal(data: str, train: SegmentationDataset, val: SegmentationDataset) ->
     problems = [f"{report.part}: {problem}" for report in reports for problem in report.problems]
     more = f" (and {len(problems) - 1} more: segvit check-data {data})" if len(problems) > 1 else ""
     return f"{problems[0]}{more}" if problems else None
-
-
-def _make_folder(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / ".writable").write_text("")
-        (run / ".writable").unlink()
-    except OSError as error:
-        raise PermissionError(f"{run}: cannot write there ({error.strerror}); change --out") from error
 
 
 def _read_log(path: Path) -> list[dict]:
@@ -402,6 +405,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
         if asked.is_set():
             raise KeyboardInterrupt("stopped at once")
         asked.set()
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set

@@ -104,7 +104,7 @@ def fit(
     loss = loss.to(device)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     first_bad = torch.zeros((), dtype=torch.int64, device=device)
-    records, miou = [], None
+    records, miou, validating = [], None, 0.0
     start = time.perf_counter() - (state["seconds"] if state else 0.0)
 
     def due(step: int) -> bool:
@@ -122,8 +122,11 @@ def fit(
 
     def finish(record: dict, stops: bool) -> float | None:
         """Validate if it is time, and keep the record."""
+        nonlocal validating
         if due(record["step"]) and validate is not None and not stops:
+            before = time.perf_counter()
             record["miou"] = _or_none(validate(record["step"]).miou)
+            validating += time.perf_counter() - before
         records.append(record)
         if log is not None:
             with log.open("a") as file:
@@ -131,7 +134,7 @@ def fit(
         return record.get("miou", miou)
 
     if state and "record" in state:  # training ended between this checkpoint and its validation
-        miou = finish(dict(state["record"]), False)
+        miou, validating = finish(dict(state["record"]), False), 0.0
     quiet = accelerator is not None and not accelerator.is_main_process
     with tqdm(total=steps, initial=done, desc=description, unit="step", disable=quiet) as bar:
         for step, (images, labels) in enumerate(stream.batches(done, steps, workers), done + 1):
@@ -162,7 +165,8 @@ def fit(
                 if due(step) or stops:
                     save(record)
                 miou = finish(record, stops)
-                speed = (step - done) * batch_size * processes / max(bar.format_dict["elapsed"], 1e-3)
+                seconds = max(bar.format_dict["elapsed"] - validating, 1e-3)
+                speed = (step - done) * batch_size * processes / seconds
                 shown = {"loss": f"{record['loss']:.2f}", "img/s": f"{speed:.1f}"}
                 bar.set_postfix(shown | ({} if miou is None else {"mIoU": f"{miou:.3f}"}))
             if stops:
@@ -242,7 +246,14 @@ def _or_none(value: float) -> float | None:
     return None if value != value else value
 
 
-def evaluate(model: nn.Module, data: Dataset, ignore_index: int = 255, progress: bool = True, **options) -> Scores:
+def evaluate(
+    model: nn.Module,
+    data: Dataset,
+    ignore_index: int = 255,
+    progress: bool = True,
+    stopped: Callable[[], bool] = lambda: False,
+    **options,
+) -> Scores:
     """mIoU, mAcc, aAcc and per-class scores of a model on a data set, from one streaming confusion matrix.
 
     Args:
@@ -250,6 +261,7 @@ def evaluate(model: nn.Module, data: Dataset, ignore_index: int = 255, progress:
         data: samples (image uint8 [C, H, W], labels [H, W]) of any sizes.
         ignore_index: label that does not count.
         progress: show a progress bar.
+        stopped: asked after every image; true raises KeyboardInterrupt.
         options: of segvit.predict, such as mode, crop_size, stride, short_side, scales, flip.
 
     Raises:
@@ -259,4 +271,6 @@ def evaluate(model: nn.Module, data: Dataset, ignore_index: int = 255, progress:
     for i in tqdm(range(len(data)), desc="evaluating", unit="image", disable=not progress, leave=False):
         image, labels = data[i]
         matrix.update(predict(model, image[None], **options)[0].cpu(), labels)
+        if stopped():
+            raise KeyboardInterrupt("stopped during an evaluation")
     return matrix.compute()

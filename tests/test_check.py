@@ -58,7 +58,7 @@ def test_what_is_there_is_counted(tmp_path):
         ([full(0, 255)], ("road",), "labels are 0 and 255: a binary mask", None),
         ([full(255)], ("sky", "road"), "every label is ignored (255)", None),
         ([full(1), full(1)], ("sky", "road"), "'road' is the only class that occurs", None),
-        ([full(1, 2), full(1, 2)], ("sky", "road"), "label 2 is no class", "0 never occurs --reduce_zero_label"),
+        ([full(1, 2), full(1, 2)], ("sky", "road"), "label 2 is no class", "0 never occurs? --reduce_zero_label"),
         ([full(0, 1, 2)], ("sky", "road"), "0.png: label 2 is no class", "is 0 no class? --reduce_zero_label"),
         ([np.arange(1600).reshape(40, 40) % 250], ("sky", "road"), "and 243 more unknown", "blurred, resized or saved"),
         ([full(0, 1)], ("sky", "road", "tree"), None, "classes that never occur: tree"),
@@ -98,7 +98,11 @@ def test_a_photo_that_was_labelled_without_its_rotation_says_so(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (60, 40)).save(root / "images" / "0.png", exif=exif)
-    assert report(root).problems[0].endswith("its image 40x60; it was drawn without the image's EXIF rotation")
+    assert (
+        report(root)
+        .problems[0]
+        .endswith("its image 40x60; it lacks the image's EXIF rotation: turn it, or strip the tag")
+    )
 
 
 def test_parts_are_compared(tmp_path):

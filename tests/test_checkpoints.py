@@ -56,8 +56,12 @@ def test_the_newest_are_kept_and_a_half_written_one_does_not_count(tmp_path):
 def test_models_are_loaded_from_folders_and_runs(tmp_path):
     save_checkpoint(model(), tmp_path / "run" / "best")
     assert load_model(tmp_path / "run").num_classes == load_model(tmp_path / "run" / "best").num_classes == 6
+    assert segvit.SegViT.from_pretrained(tmp_path / "run").num_classes == 6
     with pytest.raises(FileNotFoundError, match="nowhere: no checkpoint there"):
         load_model("nowhere")
+    for name in ("nowhere", "/no/where/at/all", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no saved model there"):
+            segvit.SegViT.from_pretrained(name)
     (tmp_path / "run" / "best" / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="cannot load this model"):
         load_model(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -121,6 +122,24 @@ def test_evaluate(checkpoint, shapes_folder, capsys):  # noqa: F811
     assert "on 12 images" in capsys.readouterr().out
 
 
+def test_evaluation_reads_labels_as_training_did(shapes_folder, tmp_path, capsys):  # noqa: F811
+    root = tmp_path / "binary"
+    shutil.copytree(shapes_folder, root)
+    (root / "classes.txt").write_text("background\nobject\n")
+    for path in root.glob("*/labels/*.png"):
+        Image.fromarray(((np.asarray(Image.open(path)) > 0) * 255).astype(np.uint8)).save(path)
+    run, options = tmp_path / "run", ["--label_map", "{255: 1}"]
+    training = ["train", str(root), *TINY, "--steps", "2", "--short_side", "40", "--out", str(run)]
+    assert main([*training, *options]) == 0
+    assert main(["evaluate", str(run), str(root), *options, "--short_side", "40", "--json"]) == 0
+    want = json.loads(capsys.readouterr().out.split("best\n")[1])
+    assert want["iou"]["object"] is not None
+    assert main(["evaluate", str(run), str(root), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == want
+    assert "labels are read as in training: label_map {'255': 1}" in captured.err
+
+
 def test_evaluating_on_other_classes_is_refused(checkpoint, shapes_folder, tmp_path, capsys):  # noqa: F811
     names = tmp_path / "names.txt"
     arguments = ["evaluate", str(checkpoint), str(shapes_folder), "--classes", str(names)]
@@ -140,7 +159,7 @@ def test_predict_files_and_folders(checkpoint, shapes_folder, tmp_path, capsys):
     other = tmp_path / "photo.png"
     Image.fromarray(np.zeros((33, 71), np.uint8)).save(other)
     out = tmp_path / "out"
-    images = [str(shapes_folder / "val" / "images"), str(other)]
+    images = [str(shapes_folder / "val" / "images"), str(other), str(other)]  # a file that is named twice counts once
     assert main(["predict", str(checkpoint), *images, "--out", str(out)]) == 0
     assert "5 label maps and overlays" in capsys.readouterr().out
     assert np.asarray(Image.open(out / "photo.png")).shape == (33, 71)
@@ -213,12 +232,28 @@ def test_every_command_has_help_with_an_example(command, capsys):
         (["train", "DATA", *TINY, "--crop", "[32]"], 1, "crop must be an int or (height, width)"),
         (["train", "DATA", *TINY, "--shrink", "v9"], 1, "shrink must be"),
         (["evaluate", "nowhere", "DATA/val"], 1, "nowhere"),
-        (["train", "DATA", *TINY, "--config", "no_such_recipe"], 2, "no_such_recipe"),
+        (
+            ["train", "DATA", *TINY, "--config", "no_such_recipe"],
+            2,
+            "recipes that come with segvit: custom, segvit_base",
+        ),
         (["train", "DATA", *TINY, "--label_map", "{0: 77}"], 1, "0 goes to 77, which is neither a class"),
         (["train", "DATA", *TINY, "--layout", "voc"], 1, "layout must be one of folder, ade20k"),
         (["train", "DATA", *TINY, "--out", "DATA/classes.txt"], 1, "is a file; choose another folder"),
         (["check-data", "nowhere"], 1, "nowhere: no such folder"),
-        (["check-data", "DATA/train/images", "--classes", "DATA/classes.txt"], 1, "no folder images"),
+        (
+            ["check-data", "DATA/train/images", "--classes", "DATA/classes.txt"],
+            1,
+            "no folder train/images or images/train",
+        ),
+        (["check-data", "DATA", "--picture", "DATA/val/images/0.jpg"], 1, "is a file of this data set"),
+        (["train", "DATA", *TINY, "--crop", "96,128"], 2, '--crop cannot be 96,128; lists are written "[1, 2]"'),
+        (["train", "DATA", *TINY, "--label_map", "{#d9a282: 0}"], 2, "--label_map cannot be {#d9a282: 0}"),
+        (["train", "DATA", *TINY, "--stpes", "4"], 2, "unrecognized arguments: --stpes 4; near: --steps"),
+        (["train", "DATA", *TINY, "--precision", "fp8"], 1, "precision must be no, bf16 or fp16, got 'fp8'"),
+        (["train", "DATA", *TINY, "--model", "segvit_larg"], 1, "there is no model 'segvit_larg'; near: segvit_large"),
+        (["evaluate", "CHECKPOINT", "DATA", "--device", "cuda"], 1, "there is no GPU that PyTorch can use"),
+        (["predict", "CHECKPOINT", "DATA/val/images", "--out", "/proc/x"], 1, "/proc/x: cannot write there"),
         (["convert", "nowhere.pth", "out"], 1, "nowhere.pth: no such file"),
         (["convert", "DATA/classes.txt", "out"], 1, "classes.txt: not a readable checkpoint"),
         (["evaluate", "DATA", "DATA/val"], 1, "no checkpoint there"),
@@ -240,6 +275,7 @@ def test_every_command_has_help_with_an_example(command, capsys):
 )
 def test_mistakes_end_in_one_line(arguments, code, message, checkpoint, shapes_folder, tmp_path, monkeypatch, capfd):  # noqa: F811
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "runs").mkdir()
     places = {"DATA": str(shapes_folder), "CHECKPOINT": str(checkpoint)}
     for word, place in places.items():

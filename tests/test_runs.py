@@ -88,7 +88,7 @@ def test_resuming_says_what_is_different(shapes_folder, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "resuming with steps 3, which was 2" in said
     assert "resuming with lr 5e-05, which was 0.0001" in said
-    assert [r["step"] for r in log(tmp_path / "run")] == [1, 2, 3]
+    assert [r["step"] for r in log(tmp_path / "run")] == [2, 3]
 
 
 def test_a_run_is_not_trained_over(shapes_folder, tmp_path):
@@ -103,7 +103,7 @@ def test_a_run_is_not_trained_over(shapes_folder, tmp_path):
         train(shapes_folder, run, overwrite=True, shrink="v9")
     assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
     train(shapes_folder, run, steps=3, overwrite=True)
-    assert [path.name for path in step_folders(run)] == ["step_00000002", "step_00000003"]
+    assert [path.name for path in step_folders(run)] == ["step_00000003"]
     for folder in step_folders(run):
         shutil.rmtree(folder)
     with pytest.raises(ValueError, match=r"run has no step checkpoint to go on from: --model .*run with another --out"):
@@ -247,6 +247,26 @@ def test_ctrl_c_keeps_a_checkpoint_to_go_on_from(shapes_folder, tmp_path, monkey
     ]
     assert runs[0] == runs[1]
     assert 0 <= result["miou"] <= 1
+
+
+def test_ctrl_c_in_a_validation_leaves_it(shapes_folder, tmp_path, monkeypatch, capsys):
+    seen, predict = [], segvit.predict
+
+    def interrupted(*args, **kwargs):
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return predict(*args, **kwargs)
+
+    monkeypatch.setattr("segvit.training.predict", interrupted)
+    with pytest.raises(
+        KeyboardInterrupt, match=r"stopped during an evaluation; the last checkpoint is .*step_00000004"
+    ):
+        train(shapes_folder, tmp_path / "run")
+    assert len(seen) == 2
+    assert "Ctrl-C again stops at once" in capsys.readouterr().err
+    assert 0 <= train(shapes_folder, tmp_path / "run", resume=True)["miou"] <= 1
+    assert [r["step"] for r in log(tmp_path / "run")] == [4]
 
 
 def test_a_second_ctrl_c_stops_at_once():

@@ -154,9 +154,9 @@ def _judge(report: Report, dataset: SegmentationDataset, raw: set[int], unknown:
     if report.binary and unknown:
         report.hints.append(BINARY)
     elif K in unknown and raw <= {*range(K + 1), dataset.ignore_index} and numbers:
-        absent = "0 never occurs" if 0 not in raw else "is 0 no class?"
+        absent = "0 never occurs" if 0 not in raw else "is 0 no class"
         found_labels = f"labels go from {min(raw)} to {K}, one too many"
-        report.hints.append(f"{found_labels}: {absent} --reduce_zero_label true shifts them")
+        report.hints.append(f"{found_labels}; {absent}? --reduce_zero_label makes 1 the first class")
     elif unknown and len(raw) > 2 * K + 20 and numbers:
         report.hints.append(f"{len(raw)} labels for {K} classes: were the masks blurred, resized or saved as JPEG?")
     if report.ignored > report.pixels.sum() > 0:

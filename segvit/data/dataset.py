@@ -126,7 +126,11 @@ class SegmentationDataset(Dataset):
         raw, labels = self.read_labels(i)
         if labels.shape != (image.height, image.width):
             sizes = f"the label map is {labels.shape[1]}x{labels.shape[0]}, its image {image.width}x{image.height}"
-            turned = "; it was drawn without the image's EXIF rotation" if labels.shape == stored.size[::-1] else ""
+            turned = (
+                "; it lacks the image's EXIF rotation: turn it, or strip the tag"
+                if labels.shape == stored.size[::-1]
+                else ""
+            )
             raise ValueError(f"{label_path}: {sizes}{turned}")
         return stored, image, raw, labels
 

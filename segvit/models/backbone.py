@@ -241,7 +241,8 @@ def _build(name: str, weights: dict, kwargs: dict) -> nn.Module:
             raise
         source = weights.get("pretrained_cfg_overlay", {}).get("file", "its pretrained weights")
         reason = " ".join(str(error).split())[:300]
-        raise RuntimeError(f"backbone: {name!r} cannot load {source}: {reason}") from error
+        remedy = "" if "pretrained_cfg_overlay" in weights else "; pretrained may also be a weights file, or false"
+        raise RuntimeError(f"backbone: {name!r} cannot load {source}: {reason}{remedy}") from error
     if not isinstance(model, (VisionTransformer, Eva, Beit)):
         raise ValueError(f"backbone: {name!r} is a {type(model).__name__}, no plain ViT")
     return model

@@ -4,6 +4,7 @@ import contextlib
 import io
 from collections.abc import Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -151,6 +152,19 @@ class SegViT(
             if len(values) != in_chans:
                 raise ValueError(f"{name} must have one value per channel ({in_chans}), got {list(values)}")
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "SegViT":
+        """A saved model, in evaluation mode: a folder of save_pretrained, a run of `segvit train` (its best), or a name
+
+        on the Hugging Face Hub. Raises FileNotFoundError where a folder is meant that is not there.
+        """
+        name, folder = pretrained_model_name_or_path, Path(pretrained_model_name_or_path)
+        if (folder / "best" / "config.json").is_file():
+            name = folder / "best"
+        elif not (folder / "config.json").is_file() and (folder.is_dir() or str(name).count("/") != 1):
+            raise FileNotFoundError(f"{name}: no saved model there (config.json and model.safetensors)")
+        return super().from_pretrained(name, **kwargs)
 
     @classmethod
     def _from_pretrained(cls, **kwargs) -> "SegViT":
