@@ -50,8 +50,8 @@ def library_best(q, k, v, H: int, attention=F.scaled_dot_product_attention):
     out = attention(heads(q, H), heads(k, H), heads(v, H)).transpose(1, 2).flatten(2)
     alpha = (q.shape[-1] // H) ** -0.5 / H
     if q.is_cuda and not torch.is_grad_enabled():
-        zero = torch.zeros(1, 1, 1, device=q.device)
-        return out, torch.baddbmm(zero, q, k.mT, beta=0, alpha=alpha, out_dtype=torch.float32)
+        empty = torch.empty(*q.shape[:2], k.shape[1], device=q.device)  # beta = 0: never read
+        return out, torch.baddbmm(empty, q, k.mT, out_dtype=torch.float32, beta=0, alpha=alpha)
     return out, torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, beta=0, alpha=alpha).float()
 
 
@@ -79,7 +79,13 @@ def run(name: str, dtype: torch.dtype, ceilings: dict, seconds: float) -> list[d
     leaves = [torch.randn(B, n, H * WIDTH, device=where).to(dtype).requires_grad_() for n in (N, L, L)]
     rows = []
     for label, call in candidates(H, where.type == "cuda").items():
-        out, mask = call(*leaves)
+        try:
+            out, mask = call(*leaves)
+        except Exception as error:  # an opponent that cannot run here must not cost the other numbers
+            if label in (NAIVE, LIBRARY) or label.startswith("ours"):
+                raise
+            print(f"{label} cannot run {name}: {' '.join(str(error).split())[:200]}")
+            continue
         upstream = [torch.randn_like(out), torch.randn_like(mask)]
 
         def forward(call=call):

@@ -34,7 +34,7 @@ class Parser(jsonargparse.ArgumentParser):
         return {
             name
             for action in self._actions
-            if getattr(action, "_typehint", None) is bool
+            if getattr(action, "_typehint", None) in (bool, bool | None)
             for name in action.option_strings
         }
 
@@ -47,9 +47,7 @@ class Parser(jsonargparse.ArgumentParser):
             near = difflib.get_close_matches(match[1], [*options, *self.of_command], n=2)
             line += f"; near: {', '.join(near)}" if near else ""
         elif "File does not exist" in line and '"config"' in line:
-            line += (
-                f"; recipes that come with segvit: {', '.join(sorted(path.stem for path in RECIPES.glob('*.yaml')))}"
-            )
+            line += f"; recipes that come with segvit: {_recipe_names()}"
         raise SystemExit(_fail(f"{self.prog}: {line} (see --help)", 2))
 
 
@@ -131,13 +129,15 @@ def _demo(arguments) -> None:
     print(picture)
 
 
+def _recipe_names() -> str:
+    return ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+
+
 def _train_arguments(parser: Parser) -> None:
     from segvit.runs import train_folder
 
-    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    parser.add_argument(
-        "--config", action="config", help=f"YAML file of these arguments, which the command line overrides; or {names}"
-    )
+    describe = f"YAML file of these arguments, which the command line overrides; or {_recipe_names()}"
+    parser.add_argument("--config", action="config", help=describe)
     parser.add_function_arguments(train_folder, as_positional=True)
 
 

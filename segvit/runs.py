@@ -138,7 +138,7 @@ def train_folder(
     _check_options(steps, batch_size, keep, validate_every, scale, precision)
     set_seed(seed)
     precision = {"False": "no"}.get(str(precision), precision)  # YAML reads no as false
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # one process checks the data, the others wait
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # one process checks the data, the others wait
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[patient])
     main, run = accelerator.is_main_process, Path(out)
     newest = _newest(run, resume, overwrite)

@@ -75,6 +75,14 @@ def test_a_part_that_is_missing_is_not_replaced_by_another(checkpoint, shapes_fo
     assert "has no parts: all 4 images" in capsys.readouterr().err
 
 
+def value_of_discs(folder) -> dict:
+    """Share, pixels and images of label 1 in the training part."""
+    maps = [np.asarray(Image.open(path)) for path in (folder / "train" / "labels").iterdir()]
+    pixels = sum(int((labels == 1).sum()) for labels in maps)
+    total = sum(labels.size for labels in maps)
+    return {"share": pixels / total, "pixels": pixels, "images": sum(bool((labels == 1).any()) for labels in maps)}
+
+
 def test_check_data(shapes_folder, tmp_path, capsys):  # noqa: F811
     picture = tmp_path / "check.png"
     assert main(["check-data", str(shapes_folder), "--picture", str(picture)]) == 0
@@ -88,6 +96,9 @@ def test_check_data(shapes_folder, tmp_path, capsys):  # noqa: F811
     assert [part["images"] for part in value["parts"]] == [4]
     assert main(["check-data", str(shapes_folder), "--json", "--label_map", "{0: 255}"]) == 0
     assert json.loads(capsys.readouterr().out)["parts"][0]["classes"]["background"]["pixels"] == 0
+    assert main(["check-data", "--reduce_zero_label", str(shapes_folder), "--json"]) == 0
+    shifted = json.loads(capsys.readouterr().out)["parts"][0]["classes"]
+    assert shifted["background"] == value_of_discs(shapes_folder)
     names = tmp_path / "two.txt"
     names.write_text("background\ndisc\n")
     assert main(["check-data", str(shapes_folder), "--json", "--classes", str(names)]) == 1
