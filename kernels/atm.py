@@ -36,11 +36,12 @@ def config(kernel: str, dtype: torch.dtype, width: int, num_queries: int, dropou
         block_n, block_l = 16 if wide else 32, 32
     elif not dropout and width <= 32 and 64 < num_queries <= 192:
         block_n, rest = 128, 32 if num_queries <= 160 else 64
-    return {"BLOCK_N": block_n, "REST_N": rest, "BLOCK_L": block_l}, _launch(8 if exact else 4)
+    tiles = {"BLOCK_N": block_n, "REST_N": rest, "BLOCK_L": block_l}
+    return tiles, _launch(8 if exact or wide else 4, 2 if width > 32 else 3)
 
 
-def _launch(warps: int) -> dict:
-    return {"num_warps": warps, "enable_fp_fusion": True}
+def _launch(warps: int, stages: int = 3) -> dict:
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 @triton.jit
