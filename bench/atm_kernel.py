@@ -4,18 +4,22 @@ python bench/atm_kernel.py            # all shapes; writes bench/results/atm_ker
 python bench/atm_kernel.py --quick    # one shape
 
 On a GPU in bfloat16, with the host's cost of a call. Without one: the CPU paths in float32, and what the compiler makes
-of the kernels (bench/static.py). Floors are measured in the same run.
+of the kernels (bench/static.py). Floors are measured in the same run, from bytes of DRAM: at batch 1 everything may
+stay in the cache, and a ratio to the floor be below 1. Buffers are not donated to compiled backward passes, which run
+several times here.
 """
 
 import time
 
 import harness
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 from segvit.ops import atm, reference
 
+torch._functorch.config.donated_buffer = False
 SHAPES = {  # name: (B, heads, N, L), head width 32
     "ADE ViT-L 640": (1, 16, 150, 1600),
     "ADE ViT-L 640, batch 4": (4, 16, 150, 1600),
@@ -49,9 +53,8 @@ def library_best(q, k, v, H: int, attention=F.scaled_dot_product_attention):
     """Fused attention and one full-width GEMM; without gradients the GEMM writes float32 itself."""
     out = attention(heads(q, H), heads(k, H), heads(v, H)).transpose(1, 2).flatten(2)
     alpha = (q.shape[-1] // H) ** -0.5 / H
-    if q.is_cuda and not torch.is_grad_enabled():
-        empty = torch.empty(*q.shape[:2], k.shape[1], device=q.device)  # beta = 0: never read
-        return out, torch.baddbmm(empty, q, k.mT, out_dtype=torch.float32, beta=0, alpha=alpha)
+    if q.is_cuda and not torch.is_grad_enabled():  # bmm: baddbmm would first copy what it adds to
+        return out, torch.bmm(q * alpha, k.mT, out_dtype=torch.float32)
     return out, torch.baddbmm(q.new_zeros(1, 1, 1), q, k.mT, beta=0, alpha=alpha).float()
 
 
@@ -72,39 +75,43 @@ def candidates(H: int, gpu: bool) -> dict:
     return calls
 
 
+def passes(call, leaves: list[torch.Tensor]) -> dict:
+    """What is timed: forward without gradients, backward alone, and both with gradients."""
+    out, mask = call(*leaves)
+    upstream = [torch.randn_like(out), torch.randn_like(mask)]
+
+    def forward():
+        with torch.no_grad():
+            return call(*leaves)
+
+    return {
+        "forward": forward,
+        "backward": lambda: torch.autograd.grad((out, mask), leaves, upstream, retain_graph=True),
+        "both": lambda: torch.autograd.grad(call(*leaves), leaves, upstream),
+    }
+
+
+def reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
 def run(name: str, dtype: torch.dtype, ceilings: dict, seconds: float) -> list[dict]:
     B, H, N, L = SHAPES[name]
     where = harness.device()
     torch._dynamo.reset()
     leaves = [torch.randn(B, n, H * WIDTH, device=where).to(dtype).requires_grad_() for n in (N, L, L)]
     rows = []
+    floors = [floor_ms(B, H, N, L, leaves[0].element_size(), back, ceilings) for back in (False, True)]
     for label, call in candidates(H, where.type == "cuda").items():
         try:
-            out, mask = call(*leaves)
+            timed = passes(call, leaves)
+            measured = [(kind, harness.measure(timed[kind], seconds)) for kind in timed]
         except Exception as error:  # an opponent that cannot run here must not cost the other numbers
             if label in (NAIVE, LIBRARY) or label.startswith("ours"):
                 raise
-            print(f"{label} cannot run {name}: {' '.join(str(error).split())[:200]}")
+            print(f"{label} cannot run {name}: {reason(error)}")
             continue
-        upstream = [torch.randn_like(out), torch.randn_like(mask)]
-
-        def forward(call=call):
-            with torch.no_grad():
-                return call(*leaves)
-
-        def both(call=call, upstream=upstream):
-            return torch.autograd.grad(call(*leaves), leaves, upstream)
-
-        def backward(outputs=(out, mask), upstream=upstream):
-            return torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
-
-        floors = [floor_ms(B, H, N, L, leaves[0].element_size(), back, ceilings) for back in (False, True)]
-        for kind, timed, floor in (
-            ("forward", forward, floors[0]),
-            ("backward", backward, floors[1]),
-            ("both", both, sum(floors)),
-        ):
-            result = harness.measure(timed, seconds)
+        for (kind, result), floor in zip(measured, (*floors, sum(floors))):
             rows.append({"shape": name, "pass": kind, "what": label, **result, "floor_ms": floor})
     for row in rows:
         for column, against in (("vs_naive", NAIVE), ("vs_library", LIBRARY)):
@@ -116,19 +123,25 @@ def run(name: str, dtype: torch.dtype, ceilings: dict, seconds: float) -> list[d
 
 def host_cost_us() -> list[dict]:
     """Microseconds of the host per call, where the GPU has next to nothing to do: launches included, no wait."""
-    q, k, v = (torch.randn(1, n, 2 * WIDTH, device="cuda", dtype=torch.bfloat16) for n in (8, 16, 16))
+    leaves = [
+        torch.randn(1, n, 2 * WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (8, 16, 16)
+    ]
     rows = []
     for label, call in candidates(2, True).items():
-        for grad in (False, True):
-            leaves = [t.clone().requires_grad_(grad) for t in (q, k, v)]
-            for _ in range(20):
-                call(*leaves)
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(200):
-                call(*leaves)
-            rows.append({"what": label, "grad": grad, "host_us": (time.perf_counter() - start) * 1e6 / 200})
-            torch.cuda.synchronize()
+        try:
+            timed = passes(call, leaves)
+            timed["forward with gradients"] = lambda call=call: call(*leaves)
+            for kind, once in timed.items():
+                for _ in range(20):
+                    once()
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(200):
+                    once()
+                rows.append({"what": label, "pass": kind, "host_us": (time.perf_counter() - start) * 1e6 / 200})
+                torch.cuda.synchronize()
+        except Exception as error:
+            print(f"host cost of {label}: {reason(error)}")
     return rows
 
 
@@ -146,8 +159,9 @@ def main() -> None:
     columns = ["shape", "pass", "what", "p20_ms", "p50_ms", "p80_ms", "peak_mib", "vs_naive", "vs_library", "vs_floor"]
     print(harness.table(rows, [c for c in columns if gpu or c != "peak_mib"]))
     if gpu:
+        harness.write("atm_kernel", arguments.out, dtype=str(dtype), ceilings=ceilings, rows=rows)
         more["host"] = host_cost_us()
-        print(harness.table(more["host"], ["what", "grad", "host_us"]))
+        print(harness.table(more["host"], ["what", "pass", "host_us"]))
     else:
         print("\nno GPU here: nothing above is a GPU number. What the compiler makes of the kernels:")
         import static

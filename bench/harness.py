@@ -54,7 +54,7 @@ def _once_cpu(call: Callable[[], object]) -> float:
 
 def _once_cuda(call: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(200_000)  # the queue fills meanwhile, so that launching is not what is measured
+    torch.cuda._sleep(4_000_000)  # about 2 ms: the queue fills meanwhile, so that launching is not what is measured
     start.record()
     call()
     end.record()

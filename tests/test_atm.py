@@ -232,9 +232,11 @@ KERNEL_CASES = [  # B, H, N, L, d, dropout, carry, sigmoid
     (1, 2, 33, 70, 64, 0.3, True, False),
     (1, 1, 40, 35, 96, 0.0, False, True),
     (1, 1, 20, 66, 128, 0.1, True, False),
-    (1, 1, 150, 70, 16, 0.0, False, False),  # all queries at once: 128 + 32
-    (1, 1, 170, 70, 16, 0.0, True, False),  # 128 + 64
-    (1, 1, 200, 33, 16, 0.0, False, False),  # too many: a loop
+    (2, 2, 150, 70, 32, 0.0, False, False),  # all queries at once: 128 + 32
+    (1, 1, 160, 40, 16, 0.0, False, True),
+    (1, 2, 192, 70, 32, 0.0, True, False),  # 128 + 64
+    (1, 1, 193, 33, 16, 0.0, False, False),  # too many: a loop
+    (1, 1, 128, 33, 32, 0.0, False, False),  # a loop that ends even
 ]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LANE = "cpu" if INTERPRETED else "cuda"
@@ -288,6 +290,23 @@ def test_kernel_behind_the_public_function():
 
 
 @kernel
+@pytest.mark.parametrize("scale", [1e-4, 3e-6])
+def test_small_gradients_of_the_mask_survive_half_precision(scale):
+    """A gradient that is a mean over many pixels: were scale / H applied before rounding, float16 would lose it."""
+    q, k, v, _ = (None if t is None else t.half().to(LANE) for t in inputs(1, 4, 9, 40, 32, carry=False, grad=False))
+    upstream = torch.randn(1, 9, 40, device=LANE) * scale
+
+    def grads(dtype, backend):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k)]
+        _, mask = atm(*leaves, v.to(dtype), 4, backend=backend)
+        return torch.autograd.grad(mask, leaves, upstream.to(mask.dtype))
+
+    want, plain = grads(torch.float64, "reference"), grads(torch.float16, "reference")
+    for g, p, w in zip(grads(torch.float16, "triton"), plain, want):
+        assert (g.double() - w).norm() <= 2 * (p.double() - w).norm()
+
+
+@kernel
 def test_kernel_compiles_to_at_most_two_graphs_over_batch_sizes():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -305,6 +324,7 @@ def test_kernel_compiles_to_at_most_two_graphs_over_batch_sizes():
 def test_a_replayed_graph_draws_fresh_dropout(backend):
     q, k, v = (t.cuda() for t in inputs(2, 2, 40, 70, 32, torch.float16, carry=False, grad=False)[:3])
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles and allocates before the capture
         atm(q, k, v, 2, dropout_p=0.5, backend=backend)
     side.synchronize()

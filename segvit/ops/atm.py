@@ -158,7 +158,7 @@ class _Autograd(torch.autograd.Function):
         *saved, seed, mask = ctx.saved_tensors
         with without_autocast(grad_out.device):
             if mask is not None:
-                grad_mask = grad_mask * mask * (1 - mask)
+                grad_mask = torch.ops.aten.sigmoid_backward(grad_mask, mask)
             grads = torch.ops.segvit.atm_backward(grad_out, grad_mask, *saved, *ctx.arguments, seed, ctx.backend)
         return *grads, None, None, None, None, grad_mask if ctx.needs_input_grad[7] else None, None, None
 
