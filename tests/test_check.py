@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -119,3 +121,22 @@ def test_a_val_part_of_one_class_is_no_problem(tmp_path, labels):
     reports = report(train, alone=False), report(val, alone=False)
     judge(*reports)
     assert not reports[0].problems + reports[1].problems
+
+
+def test_ctrl_c_does_not_wait_for_all_files(tmp_path, monkeypatch):
+    data = open_data(make(tmp_path, [full(0, 1)]))
+    data.pairs *= 400
+    seen = []
+
+    def slow(dataset, i):
+        seen.append(i)
+        time.sleep(0.01)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("segvit.data.check._inspect", slow)
+    monkeypatch.setattr("segvit.data.check.tqdm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check_data(data)
+    assert len(seen) < 100

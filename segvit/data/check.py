@@ -97,7 +97,8 @@ def check_data(dataset: SegmentationDataset, part: str = "data", progress: bool 
     raw: Counter[int] = Counter()
     unknown: dict[int, list[str]] = {}
     broken: list[str] = []
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS))
+    try:
         samples = pool.map(lambda i: _inspect(dataset, i), range(len(dataset)))
         for i, sample in enumerate(
             tqdm(samples, total=len(dataset), desc=f"checking {part}", unit="image", disable=not progress, leave=False)
@@ -115,6 +116,8 @@ def check_data(dataset: SegmentationDataset, part: str = "data", progress: bool 
             raw.update(sample.raw)
             for value in sample.unknown:
                 unknown.setdefault(value, []).append(str(dataset.pairs[i][1]))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for all files
     report.problems += broken[:SHOWN] + ([f"and {len(broken) - SHOWN} more files"] if len(broken) > SHOWN else [])
     for value, files in sorted(unknown.items())[:SHOWN]:
         where = f"{files[0]}: " if len(files) == 1 else f"{len(files)} label maps, first {files[0]}: "
