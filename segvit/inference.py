@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from segvit.data.images import read_image, to_tensor
 from segvit.models.segvit import as_pair
 from segvit.ops import mask_decode
+from segvit.ops.reference._sampling import sample_positions
 from segvit.ops.reference.mask_decode import label_dtype
 
 OUTPUTS = ("labels", "scores", "probabilities")
@@ -263,7 +264,7 @@ def _score_rows(model: nn.Module, images: Tensor, plan: _Plan) -> Iterator[tuple
 def _labels(parts: Iterator[tuple[int, Tensor]], size: tuple[int, int], target: tuple[int, int]) -> Tensor:
     """Argmax [B, *target] of scores of an image of `size` that arrive in rows, resized (bilinear) on the way."""
     labels, written, before = None, 0, None
-    y = ((torch.arange(target[0], dtype=torch.float64) + 0.5) * (size[0] / target[0]) - 0.5).clamp(0, size[0] - 1)
+    y = sample_positions(size[0], target[0], size[0])
     for top, rows in parts:
         B, K, height, width = rows.shape
         if labels is None:

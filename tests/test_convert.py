@@ -200,18 +200,23 @@ def test_checkpoint_files_are_read_whatever_wraps_them(kind, tmp_path):
 
 
 class Harmful:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return (Path.touch, (Path(HARM),))
-
-
-HARM = "/tmp/segvit_test_this_file_must_never_exist"
+        return (Path.touch, (self.path,))
 
 
 def test_pickles_that_would_run_code_are_refused_unread(tmp_path):
-    torch.save({"state_dict": {}, "meta": Harmful()}, tmp_path / "a.pth")
+    harm = tmp_path / "harm"
+    torch.save({"state_dict": {}, "meta": Harmful(harm)}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"would run code that is stored in it, so it is refused.*safetensors"):
         read_official(tmp_path / "a.pth")
-    assert not Path(HARM).exists()
+    assert not harm.exists()
+    torch.load(tmp_path / "a.pth", weights_only=False)
+    assert harm.exists()  # it would have
     (tmp_path / "b.pth").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"b\.pth: not a readable checkpoint"):
         read_official(tmp_path / "b.pth")

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch.library import opcheck
 

@@ -26,8 +26,8 @@ class Report:
     images: int = 0
     sizes: Counter = field(default_factory=Counter)  # "640x480": images
     modes: Counter = field(default_factory=Counter)  # Pillow's names of channels: "RGB", "L", "RGBA" …: images
-    pixels: np.ndarray = None  # [K] labelled pixels
-    images_with: np.ndarray = None  # [K] images in which the class occurs
+    pixels: np.ndarray | None = None  # [K] labelled pixels
+    images_with: np.ndarray | None = None  # [K] images in which the class occurs
     ignored: int = 0  # pixels
     problems: list[str] = field(default_factory=list)  # training refuses these
     hints: list[str] = field(default_factory=list)

@@ -2,17 +2,27 @@ import torch
 from torch import Tensor
 
 
+def sample_positions(
+    cells: int,  # grid cells along one axis
+    size: int,  # output pixels along that axis
+    extent: float,  # the part of the grid that the output covers, in cells
+    device: torch.device | str = "cpu",
+) -> Tensor:  # [size], float64 where the device has it
+    """Where output pixels look along one axis, align_corners=False: clamp((i+½)·extent/size − ½, 0, cells−1)."""
+    exact = torch.float32 if torch.device(device).type == "mps" else torch.float64  # Apple's GPUs have no float64
+    i = torch.arange(size, device=device, dtype=exact)
+    return ((i + 0.5) * (extent / size) - 0.5).clamp(0, cells - 1)
+
+
 def bilinear_matrix(
     cells: int,  # grid cells along one axis
     size: int,  # output pixels along that axis
     extent: float,  # the part of the grid that the output covers, in cells
     like: Tensor,  # gives dtype and device
 ) -> Tensor:  # [size, cells], rows sum to 1
-    """Bilinear along one axis, align_corners=False: pixel i looks at clamp((i+½)·extent/size − ½, 0, cells−1)."""
-    exact = torch.float32 if like.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    i = torch.arange(size, device=like.device, dtype=exact)
-    c = ((i + 0.5) * (extent / size) - 0.5).clamp(0, cells - 1)
-    distance = (c[:, None] - torch.arange(cells, device=like.device, dtype=exact)).abs()
+    """Bilinear along one axis: weights of the cells around each pixel's position."""
+    c = sample_positions(cells, size, extent, like.device)
+    distance = (c[:, None] - torch.arange(cells, device=like.device, dtype=c.dtype)).abs()
     return (1 - distance).clamp(min=0).to(like.dtype)
 
 
