@@ -42,7 +42,7 @@ def extensions() -> dict:
 
     cpu = CppExtension(
         "segvit._C",
-        ["csrc/bindings.cpp", "csrc/cpu/token_resample.cpp"],
+        ["csrc/bindings.cpp", *(f"csrc/cpu/{op}.cpp" for op in ("mask_decode", "mask_loss", "token_resample"))],
         include_dirs=[os.path.abspath("csrc")],
         extra_compile_args=CXX_FLAGS + ABI_FLAGS,
         py_limited_api=True,

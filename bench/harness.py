@@ -1,6 +1,8 @@
 """Shared by the benchmarks: timing, the machine's own ceilings, a verdict of the tests, and one JSON file a run."""
 
 import argparse
+import ctypes
+import gc
 import json
 import platform
 import subprocess
@@ -46,6 +48,23 @@ def measure(call: Callable[[], object], seconds: float = 1.0, least: int = 5) ->
     return row
 
 
+def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+    """As `measure` for calls whose ratio matters: in turn, so that a machine that slows down slows all of them."""
+    rows = {}
+    for label, call in calls.items():
+        rows[label] = measure(call, 0, 1)  # warms up, and on a GPU notes the memory
+        if not torch.cuda.is_available():
+            rows[label]["peak_mib"] = peak_mib(call)
+    times = {label: [] for label in calls}
+    for _ in range(rounds):
+        for label, call in calls.items():
+            times[label].append(_once_cuda(call) if torch.cuda.is_available() else _once_cpu(call))
+    for label, row in rows.items():
+        p20, p50, p80 = torch.tensor(times[label]).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        row |= {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "calls": rounds}
+    return rows
+
+
 def _once_cpu(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
@@ -60,6 +79,45 @@ def _once_cuda(call: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def peak_mib(call: Callable[[], object]) -> float | None:
+    """Most memory of this process during a call, beyond what it needed before, in MiB; None where nothing tells."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back first, or the call would live on it unseen
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = resident("VmRSS")
+    except (OSError, AttributeError):
+        before = None
+    call()
+    return None if before is None else (resident("VmHWM") - before) / 2**20
+
+
+def resident(kind: str) -> int:
+    """Bytes of this process's memory: VmRSS now, VmHWM at most since it was forgotten (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+
+
+def trained_like(
+    B: int, N: int, K: int, grid: tuple[int, int], present: int = 10
+) -> tuple[torch.Tensor, torch.Tensor]:  # mask logits [B, N, h, w], class logits [B, N, K + 1]
+    """What a trained model says of images with a few classes: smooth masks, and "no object" for all other tokens.
+
+    Class token n means class n and is sure of it where it is present; the others leave it half a percent.
+    """
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(B, N, 5, 5, generator=generator) * 6
+    masks = torch.nn.functional.interpolate(coarse, grid, mode="bicubic") - 2
+    logits = torch.randn(B, N, K + 1, generator=generator) / 2
+    logits[..., -1] += 10
+    for b in range(B):
+        own = torch.arange(min(N, K))
+        logits[b, own, own] += 5
+        found = torch.randperm(len(own), generator=generator)[:present]
+        logits[b, found, found] += 9
+    return masks.to(device()), logits.to(device())
 
 
 def ceilings(dtype: torch.dtype) -> dict[str, float]:

@@ -19,12 +19,6 @@ from segvit.visualize import label_image, overlay
 CLASSES, CROP = 150, 512
 
 
-def resident(kind: str) -> int:
-    """Bytes of this process's memory: VmRSS now, VmHWM at most since it was forgotten (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
-
-
 def picture(width: int, height: int) -> Image.Image:
     """A smooth random photo."""
     coarse = np.random.default_rng(0).integers(0, 256, (height // 100, width // 100, 3), np.uint8)
@@ -39,18 +33,20 @@ def main() -> None:
         photo = Path(folder, "photo.jpg")
         picture(width, height).save(photo, quality=90)
         segvit.predict(model, picture(CROP, CROP), mode="slide")  # what the first call allocates for good
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        start = time.perf_counter()
-        image = read_image(photo)
-        labels = segvit.predict(model, image, mode="auto")[0].cpu().numpy()
-        predicted = time.perf_counter() - start
-        label_image(labels, CLASSES).save(Path(folder, "photo.png"))
-        overlay(image, labels, model.class_names).save(Path(folder, "photo_overlay.png"))
-        seconds = time.perf_counter() - start
-    peak = resident("VmHWM") - before
+        seconds = {}
+
+        def predict_one() -> None:
+            start = time.perf_counter()
+            image = read_image(photo)
+            labels = segvit.predict(model, image, mode="auto")[0].cpu().numpy()
+            seconds["predict_s"] = time.perf_counter() - start
+            label_image(labels, CLASSES).save(Path(folder, "photo.png"))
+            overlay(image, labels, model.class_names).save(Path(folder, "photo_overlay.png"))
+            seconds["with_files_s"] = time.perf_counter() - start
+
+        peak = harness.peak_mib(predict_one)
     row = {"photo": f"{width}x{height}", "classes": CLASSES, "crop": CROP, "stride": CROP * 2 // 3}
-    row |= {"predict_s": predicted, "with_files_s": seconds, "peak_beyond_model_gb": peak / 1e9}
+    row |= seconds | {"peak_beyond_model_gb": peak and peak * 2**20 / 1e9}
     row["scores_of_whole_photo_gb"] = width * height * CLASSES * 4 / 1e9
     print(harness.table([row], list(row)))
     print(harness.write("large_photo", arguments.out, rows=[row]))

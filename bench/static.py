@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import triton
-from segvit.kernels import atm
+from segvit.kernels import atm, mask_decode, mask_loss
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -52,26 +52,74 @@ def atm_cases() -> Iterator[tuple[triton.JITFunction, str, dict, dict, dict]]:
             yield kernel, variant, _types(kernel, known, dtype), known, options
 
 
+def mask_decode_cases() -> Iterator[tuple[triton.JITFunction, str, dict, dict, dict]]:
+    """As atm_cases; half precision means float16 products."""
+    for dtype, num, kind in (
+        (torch.float16, 150, "labels"),
+        (torch.float16, 150, "scores, added"),
+        (torch.float16, 150, "labels, pruned"),
+        (torch.float16, 150, "labels, gathered"),
+        (torch.float16, 171, "labels"),
+        (torch.float16, 60, "labels"),
+        (torch.float16, 19, "labels"),
+        (torch.float16, 847, "labels"),
+        (torch.float32, 150, "labels"),
+        (torch.float32, 150, "scores"),
+        (torch.float32, 19, "labels"),
+    ):
+        exact, labels = dtype == torch.float32, kind.startswith("labels")
+        known = mask_decode.constants(exact, False)
+        known |= {"LABELS": labels, "CONFIDENCE": labels, "ADD": kind.endswith("added")}
+        known |= {"PRUNED": kind.endswith("pruned"), "PRODUCT": not kind.endswith("gathered")}
+        for tiles, options in mask_decode.rounds(num, num, exact, labels):
+            kernel, every = mask_decode.mask_decode_pixels, known | tiles
+            variant = f"{NAMES[dtype]}, {num} classes, {kind}" + (f", round {r}" if (r := tiles["ROUND"]) else "")
+            yield kernel, variant, _types(kernel, every, dtype), every, options
+        if kind == "labels" and num == 150:
+            for kernel, known in mask_decode.preparations(num, True, False):
+                options = {"num_warps": known.pop("num_warps", 4)}
+                yield kernel, f"{NAMES[dtype]}, {num} classes", _types(kernel, known, dtype), known, options
+
+
+def mask_loss_cases() -> Iterator[tuple[triton.JITFunction, str, dict, dict, dict]]:
+    """As atm_cases; blocks of 16x16 pixels, and the largest."""
+    main = {"mask_loss_sums": {"FAST": True}, "mask_loss_gradient": {"FAST": True}}
+    other = {"mask_loss_plan": {}, "mask_loss_labels": {"MASKED": True}, "mask_loss_finish": {"MASKED": True}}
+    for side, names in ((16, main | other | {"mask_loss_join": {}}), (32, main)):
+        for name, known in names.items():
+            tiles, options = mask_loss.options(name, {"ROWS": side, "COLUMNS": side}, 150)
+            kernel = getattr(mask_loss, name)
+            every = tiles | known
+            yield kernel, f"fp32, {side}x{side} pixels", _types(kernel, every, torch.float32), every, options
+
+
+POINTERS = {  # what they point to, where it is not the data's own dtype
+    "i64": ("seed_ptr",),
+    "i32": ("queries_ptr", "kept_ptr", "classes_ptr", "pairs_ptr", "count_ptr", "counts_ptr", "starts_ptr", "open_ptr"),
+    "i16": ("codes_ptr",),
+    "u8": ("labels_ptr", "present_ptr"),
+    "fp32": ("carry_ptr", "mask_ptr", "lse_ptr", "delta_ptr", "logits_ptr", "most_ptr", "bounds_ptr", "best_ptr"),
+}
+POINTERS["fp32"] += ("scores_ptr",)
+FLOATS = ("scale", "scale_log2", "mask_scale", "keep_scale", "prune", "step_y", "step_y_low", "step_x", "step_x_low")
+FLOATS += ("alpha", "limit")
+
+
 def _types(kernel: triton.JITFunction, known: dict, dtype: torch.dtype) -> dict[str, str]:
     """Types of a kernel's arguments, told by their names."""
     types = {}
     for name in kernel.arg_names:
         if name in known:
             types[name] = "constexpr"
-        elif name == "seed_ptr":
-            types[name] = "*i64"
         elif name.endswith("_ptr"):
-            float32 = name in ("carry_ptr", "mask_ptr", "lse_ptr", "delta_ptr")
-            types[name] = "*fp32" if float32 else f"*{NAMES[dtype]}"
-        elif name == "threshold":
-            types[name] = "i64"
+            types[name] = "*" + next((kind for kind, names in POINTERS.items() if name in names), NAMES[dtype])
         else:
-            types[name] = "fp32" if name in ("scale", "scale_log2", "mask_scale", "keep_scale") else "i32"
+            types[name] = "i64" if name == "threshold" else "fp32" if name in FLOATS else "i32"
     return types
 
 
-CASES = {"atm": atm_cases}
-DIVISIBLE = re.compile(r"_ptr$|_stride$|_batch$|^width$")  # arguments that Triton sees divisible by 16 at run time
+CASES = {"atm": atm_cases, "mask_decode": mask_decode_cases, "mask_loss": mask_loss_cases}
+DIVISIBLE = re.compile(r"_ptr$|_stride$|_batch$|^width$|^row$")  # arguments that Triton sees divisible by 16
 
 
 def compiled(kernel: triton.JITFunction, types: dict, known: dict, options: dict, arch: str):

@@ -6,6 +6,10 @@
 
 STABLE_TORCH_LIBRARY_IMPL(segvit, CPU, m) {
     m.impl("token_downsample", TORCH_BOX(&segvit::token_downsample_cpu));
+    m.impl("mask_decode_labels_native", TORCH_BOX(&segvit::mask_decode_labels_cpu));
+    m.impl("mask_decode_scores_native", TORCH_BOX(&segvit::mask_decode_scores_cpu));
+    m.impl("mask_loss_sums_native", TORCH_BOX(&segvit::mask_loss_sums_cpu));
+    m.impl("mask_loss_gradient_native", TORCH_BOX(&segvit::mask_loss_gradient_cpu));
     m.impl("token_downsample_backward", TORCH_BOX(&segvit::token_downsample_backward_cpu));
 }
 

@@ -5,11 +5,10 @@ compute a tile of the mask, which is one GEMM over the full width. Backward is t
 that owns queries, and two library GEMMs for the mask's share. Nothing of size heads × queries × features exists.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
+from segvit.kernels._launch import on_device
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
@@ -391,11 +390,6 @@ def constants(dtype: torch.dtype, width: int, dropout_p: float) -> dict:
     return {"DROPOUT": dropout_p > 0, "EVEN_D": block == width, "BLOCK_D": block, "PRECISION": precision}
 
 
-def _on(t: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
-
-
 def _dense(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
@@ -421,7 +415,7 @@ def forward(
     tiles, options = config("atm_forward", q.dtype, C // num_heads, N, dropout_p > 0)
     tiles_n, tiles_l = triton.cdiv(N, tiles["BLOCK_N"]), triton.cdiv(L, tiles["BLOCK_L"])
     attention = B * num_heads * tiles_n
-    with _on(q):
+    with on_device(q):
         atm_forward[(attention + B * tiles_n * tiles_l,)](
             q, k, v, mask if carry is None else carry, q if seed is None else seed, out, mask, lse,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
@@ -464,7 +458,7 @@ def backward(
     ):
         tiles, options = config(kernel.__name__, q.dtype, C // num_heads, N, dropout_p > 0)
         programs = B * num_heads * triton.cdiv(tokens, tiles[owned])
-        with _on(q):
+        with on_device(q):
             kernel[(programs,)](*inputs, *outputs, *numbers, **known, **tiles, **options)
     share, alpha = (
         grad_mask.to(q.dtype),

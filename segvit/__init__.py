@@ -8,6 +8,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "ATMLoss": "losses",
     "SegViT": "models",
+    "compiled_step": "step",
     "create_model": "models",
     "from_official": "convert",
     "list_models": "models",

@@ -224,13 +224,20 @@ def _prediction_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--scales", type=list[float], default=[1.0], help="image scales to average over")
     parser.add_argument("--flip", type=bool, default=False, help="also average over mirrored images")
+    parser.add_argument(
+        "--protocol",
+        type=str,
+        default="fused",
+        help="fused: labels straight at the image's size; paper: scores resized",
+    )
+    parser.add_argument("--prune", type=float, default=0.0, help="leave out class tokens less probable than this; 0.01")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 …")
 
 
 def _prediction_options(arguments, remembered: dict) -> dict:
     if arguments.mode == "whole" and (arguments.crop or arguments.stride):
         raise ValueError("--crop and --stride go with --mode slide or auto")
-    names = ("mode", "stride", "scales", "flip")
+    names = ("mode", "stride", "scales", "flip", "protocol", "prune")
     short_side = remembered.get("short_side") if arguments.short_side is None else arguments.short_side
     return {name: arguments[name] for name in names} | {"crop_size": arguments.crop, "short_side": short_side}
 
@@ -253,6 +260,9 @@ def _evaluate_arguments(parser: Parser) -> None:
     parser.add_argument("data", type=str, help="folder or CSV file: a whole data set, or one part of it")
     parser.add_argument("--part", type=str | None, default=None, help="of a whole data set; val by default")
     _label_arguments(parser, "what training had by default")
+    parser.add_argument(
+        "--boundary", type=float | None, default=None, help="also boundary IoU, within this share of the diagonal; 0.02"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON value and nothing else to stdout")
     _prediction_arguments(parser)
 
@@ -273,14 +283,20 @@ def _evaluate(arguments) -> None:
     data = open_data(arguments.data, part, classes=names, channels=len(model.mean), **options)
     if part is None:
         print(f"{arguments.data} has no parts: all {len(data)} images", file=sys.stderr)
-    scores = evaluate(model, data, options["ignore_index"], **_prediction_options(arguments, remembered))
+    if arguments.boundary is not None and not 0 < arguments.boundary < 1:
+        raise ValueError(f"--boundary must be a share of the image's diagonal, as 0.02, got {arguments.boundary}")
+    prediction = _prediction_options(arguments, remembered)
+    scores = evaluate(model, data, options["ignore_index"], boundary=arguments.boundary, **prediction)
     if arguments.json:
         value = {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc, "images": len(data)}
         value |= {"iou": dict(zip(names, scores.iou)), "absent": scores.absent(names)}
+        if scores.boundary_iou is not None:
+            value |= {"boundary_miou": scores.boundary_miou, "boundary_iou": dict(zip(names, scores.boundary_iou))}
         print(json.dumps(_without_nan(value), indent=2))
         return
     print(scores.table(names))
-    print(f"mIoU {scores.miou:.4f}  mAcc {scores.macc:.4f}  aAcc {scores.aacc:.4f}  on {len(data)} images")
+    edges = "" if scores.boundary_miou is None else f"  boundary mIoU {scores.boundary_miou:.4f}"
+    print(f"mIoU {scores.miou:.4f}  mAcc {scores.macc:.4f}  aAcc {scores.aacc:.4f}{edges}  on {len(data)} images")
 
 
 def _agreed_classes(trained: list[str], arguments, layout: str) -> list[str]:

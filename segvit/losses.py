@@ -32,11 +32,14 @@ class ATMLoss(nn.Module):
         no_object_weight: CE weight of tokens whose class does not occur.
         class_weights: K CE weights of tokens whose class occurs; None: 1 each.
         alpha, gamma: of the focal loss.
+        debug: raise ValueError where a label is neither a class nor ignore_index, which otherwise counts as ignored; on
+            a GPU the host waits to know.
 
     Called with `out` (reads class_logits [S, B, N, K+1], mask_logits [S, B, N, h, w] and, when present, extent) and
     labels [B, H, W] of any integer dtype. With several processes CE's sum of weights and the number of masks are
     averaged over them in one all-reduce, so that DDP's mean is the loss of the joint batch. A batch with nothing to
-    learn gives every parameter a gradient all the same. Written to need no host sync; not yet run on a GPU.
+    learn gives every parameter a gradient all the same. Written to need no host sync (but for debug); not yet run on a
+    GPU.
 
     Raises:
         ValueError: arguments that do not fit.
@@ -54,6 +57,7 @@ class ATMLoss(nn.Module):
         class_weights: Sequence[float] | Tensor | None = None,
         alpha: float = 0.25,
         gamma: float = 2.0,
+        debug: bool = False,
     ):
         super().__init__()
         if not isinstance(num_classes, int) or num_classes < 1:
@@ -67,7 +71,7 @@ class ATMLoss(nn.Module):
             raise ValueError(f"no_object_weight must be at least 0, got {no_object_weight!r}")
         self.num_classes, self.ignore_index, self.ignored = num_classes, ignore_index, ignored
         self.ce_weight, self.focal_weight, self.dice_weight = ce_weight, focal_weight, dice_weight
-        self.alpha, self.gamma = alpha, gamma
+        self.alpha, self.gamma, self.debug = alpha, gamma, debug
         self.register_buffer("weights", torch.cat([weights, torch.tensor([no_object_weight])]), persistent=False)
 
     def forward(self, out, labels: Tensor) -> ATMLossOutput:
@@ -107,6 +111,15 @@ class ATMLoss(nn.Module):
             raise ValueError(f"labels must be integers [B, H, W] with B = {class_logits.shape[1]}, got {got}")
         if labels.device != class_logits.device:
             raise ValueError(f"labels are on {labels.device}, but the model's output is on {class_logits.device}")
+        if self.debug:
+            labels = labels.long()
+            strange = ((labels < 0) | (labels >= self.num_classes)) & (labels != self.ignore_index)
+            if strange.any():
+                found = labels[strange].unique().tolist()[:8]
+                raise ValueError(
+                    f"labels has {int(strange.sum())} pixels that are neither a class (0 to {self.num_classes - 1}) "
+                    f"nor ignore_index ({self.ignore_index}): {', '.join(map(str, found))}"
+                )
 
     def _present(self, labels: Tensor) -> Tensor:  # [B, N] bool
         """Which classes occur in which image; a label that is no class counts as ignored."""

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from segvit.inference import predict
 from segvit.losses import ATMLoss
-from segvit.metrics import ConfusionMatrix, Scores
+from segvit.metrics import BoundaryIoU, ConfusionMatrix, Scores
 
 RECORD_EVERY = 10  # steps; elsewhere nothing waits for the device
 
@@ -252,9 +253,10 @@ def evaluate(
     ignore_index: int = 255,
     progress: bool = True,
     stopped: Callable[[], bool] = lambda: False,
+    boundary: float | None = None,
     **options,
 ) -> Scores:
-    """mIoU, mAcc, aAcc and per-class scores of a model on a data set, from one streaming confusion matrix.
+    """mIoU, mAcc, aAcc and per-class scores of a model on a data set, from counts that stay on the model's device.
 
     Args:
         model: a SegViT.
@@ -262,15 +264,25 @@ def evaluate(
         ignore_index: label that does not count.
         progress: show a progress bar.
         stopped: asked after every image; true raises KeyboardInterrupt.
+        boundary: also the boundary IoU within this share of the image's diagonal (0.02 in the paper).
         options: of segvit.predict, such as mode, crop_size, stride, short_side, scales, flip.
 
     Raises:
         ValueError: labels of another size than their image, or options that predict refuses.
     """
-    matrix = ConfusionMatrix(model.num_classes, ignore_index)
+    device = next(model.parameters()).device
+    matrix = ConfusionMatrix(model.num_classes, ignore_index, device)
+    edges = None if boundary is None else BoundaryIoU(model.num_classes, ignore_index, device, boundary)
     for i in tqdm(range(len(data)), desc="evaluating", unit="image", disable=not progress, leave=False):
         image, labels = data[i]
-        matrix.update(predict(model, image[None], **options)[0].cpu(), labels)
+        labels, predicted = labels.to(device), predict(model, image[None], **options)[0]
+        matrix.update(predicted, labels)
+        if edges is not None:
+            edges.update(predicted, labels)
         if stopped():
             raise KeyboardInterrupt("stopped during an evaluation")
-    return matrix.compute()
+    scores = matrix.compute()
+    if edges is None:
+        return scores
+    per_class = edges.compute()
+    return replace(scores, boundary_iou=per_class, boundary_miou=torch.tensor(per_class).nanmean().item())

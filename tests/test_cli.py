@@ -131,6 +131,20 @@ def test_evaluate(checkpoint, shapes_folder, capsys):  # noqa: F811
     assert "mIoU 0." in capsys.readouterr().out
     assert main(["evaluate", str(checkpoint), str(shapes_folder), "--part", "train", "--short_side", "32"]) == 0
     assert "on 12 images" in capsys.readouterr().out
+    data = str(shapes_folder / "val")
+    assert main(["evaluate", str(checkpoint), data, "--boundary", "0.05", "--protocol", "paper", "--json"]) == 0
+    edges = json.loads(capsys.readouterr().out)
+    assert edges.pop("boundary_miou") < scores["miou"]
+    assert set(edges.pop("boundary_iou")) == set(scores["iou"])
+    assert edges == scores  # the image's own size: both protocols are one
+    assert main(["evaluate", str(checkpoint), data, "--boundary", "0.05", "--prune", "0.001"]) == 0
+    table = capsys.readouterr().out
+    assert "b.IoU" in table
+    assert "boundary mIoU 0." in table
+    assert main(["evaluate", str(checkpoint), data, "--boundary", "0"]) == 1
+    assert "--boundary must be a share of the image's diagonal" in capsys.readouterr().err
+    assert main(["evaluate", str(checkpoint), data, "--prune", "1.5"]) == 1
+    assert "prune must be a probability in [0, 1), got 1.5" in capsys.readouterr().err
 
 
 def test_evaluation_reads_labels_as_training_did(shapes_folder, tmp_path, capsys):  # noqa: F811

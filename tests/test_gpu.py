@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import segvit
+from segvit.metrics import BoundaryIoU, ConfusionMatrix
 from segvit.ops import mask_decode, mask_loss, token_downsample
 
 pytestmark = pytest.mark.gpu
@@ -74,3 +75,44 @@ def test_model_loss_and_prediction(shrink, compiled):
     )
     with torch.autocast("cuda", dtype=torch.bfloat16):
         assert loss(model(images.cuda()), labels.cuda()).total.item() == pytest.approx(want, rel=0.1)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_prediction_never_waits_and_can_be_captured(half):
+    kwargs = {"depth": 3, "embed_dim": 64, "num_heads": 2}
+    model = segvit.SegViT("vit_tiny_patch16_224", 70, 64, backbone_kwargs=kwargs).eval().cuda()
+    images = torch.randn(2, 3, 64, 96, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half):
+        call = lambda: segvit.predict(model, images, prune=1e-6)  # noqa: E731
+        want = call()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+    graph.replay()
+    assert torch.equal(again, want)
+    assert torch.equal(captured, want)
+
+
+def test_scores_of_a_data_set_stay_on_the_device():
+    truth = torch.randint(0, 5, (2, 60, 50), device="cuda")
+    predicted = truth.roll(3, 1).to(torch.uint8)
+    predicted[0, :5] = 255  # no class: an error
+    matrix, edges = ConfusionMatrix(5, device="cuda"), BoundaryIoU(5, device="cuda")
+    for counter in (matrix, edges):
+        counter.update(predicted, truth)  # warm
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for counter in (matrix, edges):
+            counter.update(predicted, truth)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert matrix.counts.sum() == 2 * truth.numel()
+    assert matrix.compute().aacc == pytest.approx((predicted == truth).double().mean().item())
+    cpu = BoundaryIoU(5)
+    cpu.update(predicted.cpu(), truth.cpu())
+    assert edges.compute() == pytest.approx(cpu.compute())

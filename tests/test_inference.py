@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -236,3 +238,32 @@ def test_no_gradient_is_kept(model):
 def test_bad_input_gets_one_clear_error(model, images, options, error, message):
     with pytest.raises(error, match=message):
         segvit.predict(model, torch.zeros(1, 3, 64, 64) if images is None else images, **options)
+
+
+def test_pruning_reaches_every_way_of_decoding(model):
+    model = copy.deepcopy(model)
+    model.decoder.class_embed.weight.data /= 20  # less sure of its classes
+    images = torch.randn(1, 3, 100, 90)
+    with torch.no_grad():
+        likeliest = model(images).class_logits[-1].softmax(-1)[..., :-1].amax(-1)
+    epsilon = likeliest.sort().values[0, :2].mean().item()  # drops one class token of four
+    for options in ({}, {"mode": "slide"}, {"flip": True}):
+        exact = segvit.predict(model, images, output="scores", **options)
+        pruned = segvit.predict(model, images, output="scores", prune=epsilon, **options)
+        assert 0 < (exact - pruned).abs().max() < 4 * epsilon
+        assert torch.equal(segvit.predict(model, images, output="scores", prune=1e-12, **options), exact)
+    pruned = segvit.predict(model, images, output="scores", prune=epsilon)
+    for protocol in ("fused", "paper"):
+        labels = segvit.predict(model, images, prune=epsilon, protocol=protocol)
+        clear = pruned.topk(2, 1).values.diff(dim=1)[:, 0].abs() > 1e-5
+        assert torch.equal(labels.long()[clear], pruned.argmax(1)[clear])
+    for value in (-0.1, 1, True, "0.1"):
+        with pytest.raises(ValueError, match=r"prune must be a probability in \[0, 1\)"):
+            segvit.predict(model, images, prune=value)
+
+
+def test_a_compiled_model_predicts_the_same(model):
+    torch._dynamo.reset()
+    images = torch.randn(2, 3, 64, 64)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(segvit.predict(compiled, images), segvit.predict(model, images))

@@ -183,3 +183,14 @@ def test_bad_input_gets_one_clear_error(build, call, message):
     out.mask_logits = call.pop("mask_logits", out.mask_logits)
     with pytest.raises(ValueError, match=message):
         segvit.ATMLoss(**({"num_classes": 4} | build))(out, call.get("labels", labelled()))
+
+
+def test_debug_reports_labels_that_are_no_class():
+    out, labels = outputs(), labelled()
+    labels[1, 3, 4:6], labels[1, 5, 5] = 17, -2
+    segvit.ATMLoss(4).double()(out, labels)  # they count as ignored
+    with pytest.raises(
+        ValueError, match=r"3 pixels that are neither a class \(0 to 3\) nor ignore_index \(255\): -2, 17"
+    ):
+        segvit.ATMLoss(4, debug=True).double()(out, labels)
+    segvit.ATMLoss(4, debug=True).double()(out, labelled())

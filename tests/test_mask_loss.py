@@ -2,11 +2,20 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from conftest import kernel
 from torch.library import opcheck
 
 from segvit.ops import mask_loss, reference
+from segvit.ops._dispatch import NATIVE_MISSING
 
-BACKENDS = ["tiled", "reference"]
+BACKENDS = ["tiled", "reference"]  # of float64; the C++ and Triton kernels take float32
+
+
+@pytest.fixture(params=["native", "tiled"])
+def float32_backend(request):
+    if request.param == "native" and NATIVE_MISSING:
+        pytest.skip(NATIVE_MISSING)
+    return request.param
 
 
 def case(S=2, B=3, N=4, grid=(5, 7), size=(37, 50), dtype=torch.float64, scale=3.0):
@@ -69,7 +78,8 @@ def test_gradcheck(backend, ignored):
 def test_opcheck():
     for dtype in (torch.float32, torch.float64):
         logits, labels, present, num = case(2, 2, 3, (4, 4), (9, 11), dtype)
-        options = (255, True, 0.25, 2.0, 4.0, 4.0)
+        backend = "native" if dtype == torch.float32 and NATIVE_MISSING is None else "tiled"
+        options = (255, True, 0.25, 2.0, 4.0, 4.0, backend)
         opcheck(torch.ops.segvit.mask_loss.default, (logits, labels, present, num, *options))
 
 
@@ -106,6 +116,15 @@ def test_ignore_index_may_be_a_class_number(backend):
     torch.testing.assert_close(got, want)
 
 
+def test_nothing_present_in_float32(float32_backend, poisoned):
+    logits, labels, present, _ = case(dtype=torch.float32)
+    nothing = torch.full_like(labels, 255), torch.zeros_like(present), torch.ones(())
+    focal, dice = mask_loss(logits, *nothing, backend=float32_backend)
+    assert torch.equal(focal + dice, torch.zeros(2))
+    (focal.sum() + dice.sum()).backward()
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ignored", ["masked", "negative"])
 def test_nothing_present_gives_zero_losses_and_zero_finite_gradients(backend, ignored, poisoned):
@@ -118,8 +137,125 @@ def test_nothing_present_gives_zero_losses_and_zero_finite_gradients(backend, ig
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+SIZES = [((5, 7), (37, 50)), ((8, 8), (64, 64)), ((9, 6), (4, 3)), ((1, 1), (5, 2)), ((3, 40), (40, 333))]
+
+
+@pytest.mark.parametrize("ignored", ["masked", "negative"])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_float32_against_float64(float32_backend, ignored, sizes):
+    logits, labels, present, num = case(grid=sizes[0], size=sizes[1])
+    low = logits.detach().float().requires_grad_()
+    got = mask_loss(low, labels, present, num, ignored=ignored, backend=float32_backend)
+    want = naive(logits, labels, present, num, ignored)
+    upstream = [torch.rand_like(t) for t in want]
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+    a = torch.autograd.grad(got, low, [u.float() for u in upstream])[0]
+    b = torch.autograd.grad(want, logits, upstream)[0]
+    assert (a.double() - b).norm() <= 1e-6 * b.norm()
+    assert torch.equal(a[:, ~present], torch.zeros_like(a[:, ~present]))
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_inputs_of_any_strides(float32_backend, B):
+    logits, labels, present, num = case(2, B, 4, (5, 7), (64, 32), torch.float32)
+    want = torch.autograd.grad(mask_loss(logits, labels, present, num, backend="reference")[0].sum(), logits)[0]
+    strided = logits.detach().permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0).requires_grad_()
+    turned = labels.transpose(1, 2).contiguous().transpose(1, 2)
+    got = mask_loss(strided, turned, present, num.long(), backend=float32_backend)
+    grad = torch.autograd.grad(got[0].sum(), strided)[0]
+    torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-8)
+    huge = labels + (labels == 1) * 2**32  # 2³² + 1 is no class
+    want = mask_loss(logits, labels.where(labels != 1, 255), present, num, backend="reference")
+    torch.testing.assert_close(mask_loss(logits, huge, present, num, backend=float32_backend), want)
+
+
+def test_gamma_of_other_values_takes_the_path_that_knows_it():
+    logits, labels, present, num = case(dtype=torch.float32)
+    want = mask_loss(logits, labels, present, num, gamma=1.5, backend="reference")
+    torch.testing.assert_close(mask_loss(logits, labels, present, num, gamma=1.5), want)
+    if NATIVE_MISSING is None:
+        with pytest.raises(RuntimeError, match=r"gamma = 2; got torch\.float32 on cpu, gamma = 1\.5"):
+            mask_loss(logits, labels, present, num, gamma=1.5, backend="native")
+
+
+def where():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+KERNEL_CASES = {  # N, grid, labels, extent
+    "up": (4, (2, 3), (21, 50), None),
+    "down": (3, (6, 3), (4, 2), None),
+    "one": (2, (1, 1), (5, 3), None),
+    "extent": (3, (3, 3), (20, 35), (20 / 8, 35 / 12)),
+    "large blocks": (3, (2, 1), (50, 20), None),
+}
+
+
+@kernel
+@pytest.mark.parametrize("ignored", ["masked", "negative"])
+@pytest.mark.parametrize("name", KERNEL_CASES)
+def test_kernel_against_float64(name, ignored, poisoned):
+    N, grid, size, extent = KERNEL_CASES[name]
+    logits, labels, present, num = case(2, 2, N, grid, size)
+    want = mask_loss(logits, labels, present, num, ignored=ignored, extent=extent, backend="reference")
+    upstream = [torch.rand_like(t) for t in want]
+    low, given = logits.detach().float().to(where()).requires_grad_(), (t.to(where()) for t in (labels, present, num))
+    got = mask_loss(low, *given, ignored=ignored, extent=extent, backend="triton")
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=1e-5, atol=1e-6)
+    a = torch.autograd.grad(got, low, [u.float().to(where()) for u in upstream])[0].double().cpu()
+    b = torch.autograd.grad(want, logits, upstream)[0]
+    assert (a - b).norm() <= 2e-6 * b.norm()
+    assert torch.equal(a[:, ~present], torch.zeros_like(a[:, ~present]))
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_kernel_at_large_logits_with_strange_labels(dtype):
+    logits, labels, present, num = case(2, 2, 3, (2, 2), (12, 9), scale=100.0)
+    assert logits.abs().max() > 150
+    labels[0, :2] = 7  # neither a class nor ignored
+    want = mask_loss(logits, labels, present, num, backend="reference")
+    low = logits.detach().float().to(where()).requires_grad_()
+    got = mask_loss(low, labels.to(where(), dtype), present.to(where()), num.to(where()), backend="triton")
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=1e-5, atol=1e-5)
+    a = torch.autograd.grad(sum(t.sum() for t in got), low)[0].double().cpu()
+    b = torch.autograd.grad(sum(t.sum() for t in want), logits)[0]
+    assert a.isfinite().all()
+    assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+@kernel
+def test_kernel_compiles_to_at_most_two_graphs_over_batch_sizes():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    step = torch.compile(lambda *a: mask_loss(*a, backend="triton"), fullgraph=True, backend=counter)
+    for B in (1, 2, 3):
+        logits, *given = case(2, B, 3, (2, 2), (9, 8), torch.float32)
+        arguments = [logits.detach().to(where()).requires_grad_(), *(t.to(where()) for t in given)]
+        got = step(*arguments)
+        torch.testing.assert_close(got, mask_loss(*arguments, backend="reference"), rtol=1e-4, atol=1e-6)
+        got[0].sum().backward()
+    assert counter.frame_count <= 2
+
+
+@kernel
+def test_kernel_with_nothing_present():
+    logits, labels, present, _ = case(2, 2, 3, (2, 2), (12, 9), torch.float32)
+    logits = logits.detach().to(where()).requires_grad_()
+    labels, present = torch.full_like(labels, 255).to(where()), torch.zeros_like(present).to(where())
+    focal, dice = mask_loss(logits, labels, present, torch.ones((), device=where()), backend="triton")
+    assert torch.equal((focal + dice).cpu(), torch.zeros(2))
+    (focal.sum() + dice.sum()).backward()
+    assert torch.equal(logits.grad.cpu(), torch.zeros(logits.shape))
+
+
+@pytest.mark.parametrize("backend", ["native", *BACKENDS])
 def test_large_logits_stay_finite_and_exact(backend):
+    if backend == "native" and NATIVE_MISSING:
+        pytest.skip(NATIVE_MISSING)
     logits, labels, present, num = case(scale=100.0)
     assert logits.abs().max() > 200
     low = logits.detach().float().requires_grad_()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from segvit.metrics import ConfusionMatrix
+from segvit.metrics import BoundaryIoU, ConfusionMatrix, boundary
 
 classification = pytest.importorskip("torchmetrics.classification")
 
@@ -52,7 +52,7 @@ def test_memory_does_not_depend_on_the_number_of_images():
     before = matrix.counts.shape
     for predicted, truth in pairs(3, 10):
         matrix.update(predicted, truth)
-    assert matrix.counts.shape == before == (3, 3)
+    assert matrix.counts.shape == before == (3, 4)  # the last column: predicted as no class
     assert matrix.counts.sum() == 10 * 27 * 20
 
 
@@ -62,3 +62,43 @@ def test_bad_input_gets_one_clear_error():
         matrix.update(torch.zeros(2), torch.zeros(3))
     with pytest.raises(ValueError, match="labels outside 0 to 2"):
         matrix.update(torch.tensor([3]), torch.tensor([0]))
+
+
+def naive_boundaries(labels, K, reach):  # [H, W] -> [K, H, W]: each class's mask less its erosion by a square
+    ndimage = pytest.importorskip("scipy.ndimage")
+    square = torch.ones(2 * reach + 1, 2 * reach + 1).bool().numpy()
+    masks = [(labels == c).numpy() for c in range(K)]
+    return torch.stack([torch.from_numpy(m & ~ndimage.binary_erosion(m, square)) for m in masks])
+
+
+@pytest.mark.parametrize("reach", [1, 3, 40])
+def test_boundary_is_each_mask_less_its_erosion(reach):
+    labels = torch.randint(0, 4, (2, 3, 4)).repeat_interleave(12, 1).repeat_interleave(9, 2)
+    want = torch.stack([naive_boundaries(image, 4, reach).any(0) for image in labels])
+    assert torch.equal(boundary(labels, reach), want)
+    assert want.float().mean() < 0.99 or reach == 40
+
+
+def test_boundary_iou_equals_the_masks_own():
+    K, edges, both, either = 4, BoundaryIoU(4, distance=0.05), 0, 0
+    for _ in range(3):
+        truth = torch.randint(0, K, (5, 6)).repeat_interleave(8, 0).repeat_interleave(10, 1)
+        predicted = truth.roll(2, 1)
+        truth[:6, :7] = 255
+        edges.update(predicted[None].to(torch.uint8), truth[None])
+        reach = round(0.05 * (40**2 + 60**2) ** 0.5)
+        valid = truth != 255
+        seen = predicted.where(valid, 255)
+        a, b = naive_boundaries(truth, K, reach), naive_boundaries(seen, K, reach)
+        both, either = both + (a & b & valid).sum((1, 2)), either + ((a | b) & valid).sum((1, 2))
+    assert edges.compute() == pytest.approx((both / either).tolist())
+    assert 0 < min(edges.compute()) < max(edges.compute()) < 1
+    assert math.isnan(BoundaryIoU(2).compute()[0])
+    for distance in (0, 2, float("nan")):
+        with pytest.raises(ValueError, match="distance must be a share of the diagonal"):
+            BoundaryIoU(2, distance=distance)
+    perfect = BoundaryIoU(K)
+    perfect.update(torch.where(valid, truth, 0), truth)
+    assert set(perfect.compute()) <= {1.0}
+    with pytest.raises(ValueError, match="must agree in shape"):
+        edges.update(torch.zeros(1, 3, 3), torch.zeros(1, 3, 4))

@@ -21,7 +21,25 @@ def rows():
 
 def test_every_kernel_compiles_for_every_architecture(rows):
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
-    assert {row["kernel"] for row in rows} == {"atm_forward", "atm_backward_keys", "atm_backward_queries"}
+    assert {row["kernel"] for row in rows if row["op"] == "atm"} == {
+        "atm_forward",
+        "atm_backward_keys",
+        "atm_backward_queries",
+    }
+    assert {row["kernel"] for row in rows if row["op"] == "mask_decode"} == {
+        "mask_decode_table",
+        "mask_decode_order",
+        "mask_decode_pack",
+        "mask_decode_pixels",
+    }
+    assert {row["kernel"] for row in rows if row["op"] == "mask_loss"} == {
+        "mask_loss_plan",
+        "mask_loss_labels",
+        "mask_loss_sums",
+        "mask_loss_finish",
+        "mask_loss_gradient",
+        "mask_loss_join",
+    }
 
 
 def test_nothing_spills(rows):
@@ -33,4 +51,8 @@ def test_shared_memory_fits(rows):
 
 
 def test_half_precision_products_use_tensor_cores(rows):
-    assert not [row for row in rows if row["tensor_core"] == row["variant"].startswith("fp32")]
+    atm = [row for row in rows if row["op"] == "atm"]
+    assert not [row for row in atm if row["tensor_core"] == row["variant"].startswith("fp32")]
+    pixels = [row for row in rows if row["kernel"] == "mask_decode_pixels"]  # float32 in three TF32 products
+    assert pixels
+    assert all(row["tensor_core"] for row in pixels)

@@ -60,6 +60,8 @@ def triton_missing(device: torch.device) -> str | None:
     """Why no Triton kernel can run on tensors of this device; None where one can."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device.type}, not on a GPU (TRITON_INTERPRET=1 runs kernels on the CPU, slowly)"
+    if torch.version.hip:
+        return "these kernels have instructions of NVIDIA's GPUs in them"
     try:
         import triton  # noqa: F401  (a statement, which torch.compile executes as it is; it refuses import_module)
     except ImportError as error:

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks
-from ._dispatch import choose, without_autocast
-from ._library import below_autograd, register
+from ._dispatch import NATIVE_MISSING, choose, triton_missing, without_autocast
+from ._library import LIBRARY, below_autograd, register
 from .reference import mask_loss as reference_loss
 from .reference._sampling import bilinear_matrix
 
@@ -44,7 +44,8 @@ def mask_loss(
             official implementation does.
         alpha, gamma: of the focal loss.
         extent: (rows, columns), in cells, of the part of the mask grid that the labels cover; all of it by default.
-        backend: "tiled", "reference", or None for the best that can run.
+        backend: "triton" (CUDA) and "native" (C++, CPU), both for gamma = 2 and not for float64; "tiled" (PyTorch, a
+            few rows at a time), "reference", or None for the best that can run.
 
     Returns:
         focal [S] and dice [S], float32 (float64 for float64 logits), unweighted. Written to need no
@@ -56,13 +57,36 @@ def mask_loss(
     """
     rows, columns = _check(mask_logits, labels, present, num_masks, ignored, extent)
     mask_logits = mask_logits if mask_logits.dtype == torch.float64 else mask_logits.float()
-    name = choose("mask_loss", backend, [("tiled", None), ("reference", None)])
+    name = _choose(backend, mask_logits, labels, gamma, (rows, columns))
     with without_autocast(mask_logits.device):
         if name == "reference":
             options = (ignore_index, ignored, alpha, gamma, (rows, columns))
             return reference_loss(mask_logits, labels, present, num_masks, *options)
-        options = (ignore_index, ignored == "masked", float(alpha), float(gamma), rows, columns)
+        options = (ignore_index, ignored == "masked", float(alpha), float(gamma), rows, columns, name)
         return torch.ops.segvit.mask_loss(mask_logits, labels, present, num_masks, *options)[:2]
+
+
+def _choose(backend: str | None, mask_logits: Tensor, labels: Tensor, gamma: float, extent: tuple) -> str:
+    triton = ("triton", lambda: _triton_reason(mask_logits, labels, gamma, extent))
+    candidates = [("native", lambda: _native_reason(mask_logits, gamma)), ("tiled", None), ("reference", None)]
+    candidates.insert(0 if mask_logits.is_cuda else 3, triton)  # an interpreted kernel is for those who ask for it
+    return choose("mask_loss", backend, candidates)
+
+
+def _native_reason(mask_logits: Tensor, gamma: float) -> str | None:
+    if mask_logits.device.type != "cpu" or mask_logits.dtype == torch.float64 or gamma != 2:
+        got = f"{mask_logits.dtype} on {mask_logits.device.type}, gamma = {gamma}"
+        return f"it takes float32 and less on the CPU, and gamma = 2; got {got}"
+    return NATIVE_MISSING
+
+
+def _triton_reason(mask_logits: Tensor, labels: Tensor, gamma: float, extent: tuple) -> str | None:
+    reason = triton_missing(mask_logits.device)
+    if reason is None:
+        from segvit.kernels.mask_loss import unsupported
+
+        reason = unsupported(mask_logits, labels, gamma, extent)
+    return reason
 
 
 def _check(mask_logits, labels, present, num_masks, ignored, extent) -> tuple[float, float]:
@@ -109,7 +133,7 @@ class _Tiles:
         step = max(1, elements // max(self.S * len(self.b) * self.labels.shape[2], 1))
         for top in range(0, self.H, step):
             tile = slice(top, min(top + step, self.H))
-            labels = self.labels[:, tile].to(torch.int32)
+            labels = self.labels[:, tile].long()
             valid = (labels >= 0) & (labels < self.N) & (labels != self.ignore_index)
             t = (labels[self.b] == self.n[:, None, None]) & valid[self.b]
             yield tile, self.down[tile] @ self.wide, t, valid[self.b] if self.masked else torch.ones_like(t)
@@ -123,7 +147,42 @@ def _signed(x: Tensor, t: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor,
     return sign, (1 - alpha) + (2 * alpha - 1) * target, u.sigmoid(), F.softplus(u)
 
 
-def _forward(mask_logits, labels, present, num_masks, ignore_index, masked, alpha, gamma, rows, columns):
+class _Native:
+    """The present pairs and the labels as the C++ kernel reads them; sums and gradients of the pairs' masks."""
+
+    def __init__(self, mask_logits, labels, present, ignore_index, masked, rows, columns):
+        N, W = mask_logits.shape[2], labels.shape[2]
+        self.b, self.n = present.nonzero(as_tuple=True)
+        labels = labels.long()
+        known = (labels >= 0) & (labels < N) & (labels != ignore_index)
+        codes = F.pad(torch.where(known, labels, -1).int(), (0, -W % 16), value=-2).contiguous()
+        self.arguments = (mask_logits.contiguous(), codes, self.b * N + self.n, W, masked, rows, columns)
+        valid = known if masked else torch.ones_like(known)
+        self.pixels = valid.sum((1, 2))[self.b].clamp(min=1)  # [P]
+
+    def sums(self) -> tuple[Tensor, ...]:  # [S, P] float64 each
+        """Σ s²·softplus of all pixels and of targets, Σσ, Σσt and Σt."""
+        S, P = len(self.arguments[0]), len(self.b)
+        out = torch.empty(5, S, P, dtype=torch.float64)
+        torch.ops.segvit.mask_loss_sums_native(*self.arguments, out)
+        focal, focal_t, s, s_t, target = out
+        return focal, focal_t, s - 2 * s_t + target, target - s_t, target
+
+
+def _forward(mask_logits, labels, present, num_masks, ignore_index, masked, alpha, gamma, rows, columns, backend):
+    if backend == "triton":
+        from segvit.kernels.mask_loss import forward
+
+        return forward(mask_logits, labels, present, num_masks, ignore_index, masked, alpha, rows, columns)
+    sums = mask_logits.new_zeros((3, *mask_logits.shape[:3]))  # Σσt, Σσ + Σt, pixels of the mean: what backward needs
+    if backend == "native":
+        native = _Native(mask_logits, labels, present, ignore_index, masked, rows, columns)
+        focal, focal_t, sigma, overlap, target = native.sums()
+        focal = ((1 - alpha) * focal + (2 * alpha - 1) * focal_t) / native.pixels
+        dice = 1 - (2 * overlap + 1) / (sigma + target + 1)
+        terms = torch.stack([overlap, sigma + target, native.pixels.expand_as(sigma)])
+        sums[:, :, native.b, native.n] = terms.to(sums.dtype)
+        return *((term.sum(1) / num_masks).to(sums.dtype) for term in (focal, dice)), sums
     tiles = _Tiles(mask_logits, labels, present, ignore_index, masked, rows, columns)
     focal, sigma, overlap, target, pixels = mask_logits.new_zeros((5, tiles.S, len(tiles.b)))
     for _, x, t, valid in tiles:
@@ -136,7 +195,6 @@ def _forward(mask_logits, labels, present, num_masks, ignore_index, masked, alph
         pixels += valid.sum((-2, -1))
     pixels.clamp_(min=1)
     dice = 1 - (2 * overlap + 1) / (sigma + target + 1)
-    sums = mask_logits.new_zeros((3, *mask_logits.shape[:3]))  # Σσt, Σσ + Σt, pixels of the mean: what backward needs
     sums[:, :, tiles.b, tiles.n] = torch.stack([overlap, sigma + target, pixels])
     return (focal / pixels * tiles.weight).sum(1) / num_masks, (dice * tiles.weight).sum(1) / num_masks, sums
 
@@ -155,7 +213,23 @@ def _backward(
     gamma,
     rows,
     columns,
+    backend,
 ):
+    if backend == "triton":
+        from segvit.kernels.mask_loss import backward
+
+        arguments = (mask_logits, labels, present, num_masks, sums, ignore_index, masked, alpha, rows, columns)
+        return backward(grad_focal, grad_dice, *arguments)
+    if backend == "native":
+        native = _Native(mask_logits, labels, present, ignore_index, masked, rows, columns)
+        overlap, total, pixels = sums[:, :, native.b, native.n]
+        at_focal = grad_focal[:, None] / (num_masks * pixels)
+        at_dice = grad_dice[:, None] / (num_masks * (total + 1))
+        ratio = (2 * overlap + 1) / (total + 1)
+        terms = [at_focal * (1 - alpha), at_focal * -alpha, at_dice * ratio, at_dice * (ratio - 2)]
+        grad = torch.zeros_like(mask_logits, memory_format=torch.contiguous_format)
+        torch.ops.segvit.mask_loss_gradient_native(*native.arguments, torch.stack(terms).float(), grad)
+        return grad
     tiles = _Tiles(mask_logits, labels, present, ignore_index, masked, rows, columns)
     overlap, total, pixels = sums[:, :, tiles.b, tiles.n][..., None, None]  # [S, P, 1, 1] each
     weight = (tiles.weight / num_masks)[:, None, None]
@@ -167,7 +241,7 @@ def _backward(
         focal = sign * alpha_t * s**gamma * (gamma * (1 - s) * softplus + s)
         dice = ((2 * overlap + 1) / (total + 1) - 2 * t.to(x.dtype)) / (total + 1) * s * (1 - s)
         grad += tiles.down[tile].mT @ ((at_focal * focal + at_dice * dice) * valid)
-    result = torch.zeros_like(mask_logits)
+    result = torch.zeros_like(mask_logits, memory_format=torch.contiguous_format)
     result[:, tiles.b, tiles.n] = grad @ tiles.across
     return result
 
@@ -199,7 +273,7 @@ class _Autograd(torch.autograd.Function):
         return grad, *[None] * (3 + len(ctx.options))
 
 
-_OPTIONS = "int ignore_index, bool masked, float alpha, float gamma, float rows, float columns"
+_OPTIONS = "int ignore_index, bool masked, float alpha, float gamma, float rows, float columns, str backend"
 _INPUTS = "Tensor mask_logits, Tensor labels, Tensor present, Tensor num_masks"
 register(
     f"mask_loss_backward(Tensor grad_focal, Tensor grad_dice, {_INPUTS}, Tensor sums, {_OPTIONS}) -> Tensor",
@@ -207,3 +281,6 @@ register(
     _backward_fake,
 )
 register(f"mask_loss({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake, _Autograd)
+_NATIVE = "Tensor mask_logits, Tensor labels, Tensor pairs, int width, bool masked, float rows, float columns"
+LIBRARY.define(f"mask_loss_sums_native({_NATIVE}, Tensor(a!) sums) -> ()")
+LIBRARY.define(f"mask_loss_gradient_native({_NATIVE}, Tensor coefficients, Tensor(a!) grad) -> ()")
