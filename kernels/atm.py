@@ -8,8 +8,9 @@ that owns queries, and two library GEMMs for the mask's share. Nothing of size h
 import torch
 import triton
 import triton.language as tl
-from segvit.kernels._launch import on_device
 from torch import Tensor
+
+from ._launch import on_device
 
 LOG2_E = 1.4426950408889634
 

@@ -15,8 +15,9 @@ import os
 import torch
 import triton
 import triton.language as tl
-from segvit.kernels._launch import halves, on_device
 from torch import Tensor
+
+from ._launch import halves, on_device
 
 TILE = (8, 8)  # rows and columns of pixels a program owns
 CELLS = tl.constexpr(4)  # rows and columns of cells that the product interpolates from

@@ -21,8 +21,9 @@ import os
 import torch
 import triton
 import triton.language as tl
-from segvit.kernels._launch import halves, on_device
 from torch import Tensor
+
+from ._launch import halves, on_device
 
 LARGEST = 1024  # pixels of a block
 LN_2 = tl.constexpr(0.6931471805599453)

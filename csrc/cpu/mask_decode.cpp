@@ -95,9 +95,8 @@ SEGVIT_INLINE void order_classes(const Job& job, const float* logits, const floa
         for (int64_t c = 0; c < job.K; ++c) s.bounds[c] += std::max(row[c], 0.0f) * most;
     }
     std::iota(s.order.begin(), s.order.end(), 0);
-    std::sort(s.order.begin(), s.order.end(), [&](int32_t a, int32_t b) {
-        return s.bounds[a] > s.bounds[b] || (s.bounds[a] == s.bounds[b] && a < b);
-    });
+    std::sort(s.order.begin(), s.order.end(),
+              [&](int32_t a, int32_t b) { return s.bounds[a] > s.bounds[b] || (s.bounds[a] == s.bounds[b] && a < b); });
 }
 
 // A horizontally interpolated row of cells, [queries][pixels].
@@ -232,9 +231,9 @@ SEGVIT_INLINE void decode_tile(const Job& job, int64_t image, int64_t y0, int64_
                             std::memcpy(winner + lane, &who, BYTES);
                         }
                     } else {
-                        write_scores(job, score[c], count,
-                                     job.scores + image * job.image_stride + id * job.class_stride +
-                                         y * job.row_stride + x);
+                        write_scores(
+                            job, score[c], count,
+                            job.scores + image * job.image_stride + id * job.class_stride + y * job.row_stride + x);
                     }
                 }
             }

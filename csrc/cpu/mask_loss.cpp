@@ -25,9 +25,9 @@ struct Job {
     int64_t S, B, N, h, w, P, height, width, padded;
     int32_t counts_above;  // labels above this take part
     Axis rows, columns;
-    double* sums = nullptr;                // [5, S, P]: s^2·softplus, the same of targets, s, the same of targets, targets
-    const float* coefficients = nullptr;   // [4, S, P]: of focal for negatives and targets, of dice for both
-    float* grad = nullptr;                 // [S, B, N, h, w], zeros before
+    double* sums = nullptr;  // [5, S, P]: s^2·softplus, the same of targets, s, the same of targets, targets
+    const float* coefficients = nullptr;  // [4, S, P]: of focal for negatives and targets, of dice for both
+    float* grad = nullptr;                // [S, B, N, h, w], zeros before
 };
 
 // A row of cells widened to the labels' columns.
@@ -115,7 +115,8 @@ SEGVIT_INLINE void run_mask(const Job& job, int64_t stage, int64_t place, std::v
             evaluate<Float, Int>(upper + down * (lower - upper), t, s, softplus);
             s = valid ? s : Float{};
             if (backward) {
-                const Float focal = (t ? Float{} + focal_t : Float{} + focal_0) * s * (2.0f * (1.0f - s) * softplus + s);
+                const Float focal =
+                    (t ? Float{} + focal_t : Float{} + focal_0) * s * (2.0f * (1.0f - s) * softplus + s);
                 const Float g = s * ((t ? Float{} + dice_t : Float{} + dice_0) * (1.0f - s) + focal);
                 Float above, below;
                 std::memcpy(&above, grad_top + x, BYTES);
@@ -175,9 +176,9 @@ void run(const Job& job) {
 
 Job make_job(const Tensor& mask_logits, const Tensor& labels, const Tensor& pairs, int64_t width, bool masked,
              double rows, double columns) {
-    STD_TORCH_CHECK(mask_logits.dim() == 5 && mask_logits.scalar_type() == ScalarType::Float &&
-                        mask_logits.is_contiguous(),
-                    "mask_loss: mask_logits must be [S, B, N, h, w], float32 and contiguous");
+    STD_TORCH_CHECK(
+        mask_logits.dim() == 5 && mask_logits.scalar_type() == ScalarType::Float && mask_logits.is_contiguous(),
+        "mask_loss: mask_logits must be [S, B, N, h, w], float32 and contiguous");
     STD_TORCH_CHECK(labels.dim() == 3 && labels.scalar_type() == ScalarType::Int && labels.is_contiguous() &&
                         labels.size(0) == mask_logits.size(1) && labels.size(2) % 16 == 0 && labels.size(2) >= width,
                     "mask_loss: labels must be [B, H, W padded to 16], int32 and contiguous");
@@ -224,9 +225,9 @@ void mask_loss_gradient_cpu(Tensor mask_logits, Tensor labels, Tensor pairs, int
                         coefficients.size(2) == job.P && coefficients.scalar_type() == ScalarType::Float &&
                         coefficients.is_contiguous(),
                     "mask_loss: coefficients must be [4, S, P], float32 and contiguous");
-    STD_TORCH_CHECK(grad.numel() == mask_logits.numel() && grad.scalar_type() == ScalarType::Float &&
-                        grad.is_contiguous(),
-                    "mask_loss: grad must be like mask_logits");
+    STD_TORCH_CHECK(
+        grad.numel() == mask_logits.numel() && grad.scalar_type() == ScalarType::Float && grad.is_contiguous(),
+        "mask_loss: grad must be like mask_logits");
     job.coefficients = coefficients.const_data_ptr<float>();
     job.grad = grad.mutable_data_ptr<float>();
     run(job);

@@ -37,7 +37,7 @@ struct Lanes {
 // x becomes exp(-x): 0 or infinity where float32 has no such number.
 template <typename Float, typename Int>
 SEGVIT_INLINE void exp_negative(Float& x) {
-    Float t = x * -1.44269504089f;  // 2^t = exp(-x)
+    Float t = x * -1.44269504089f;          // 2^t = exp(-x)
     t = t > 128.0f ? Float{} + 128.0f : t;  // 2^128 is infinity
     t = t < -126.0f ? Float{} - 126.0f : t;
     const Int whole = __builtin_convertvector(t + 126.5f, Int) - 126;
