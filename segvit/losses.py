@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.ops import mask_loss
@@ -15,10 +16,14 @@ class ATMLossOutput(NamedTuple):
     ce: Tensor  # [S], weighted, per stage
     focal: Tensor  # [S]
     dice: Tensor  # [S]
+    edge: Tensor | None = None  # 0-d, weighted, where the model says which patches hold an edge
 
 
 class ATMLoss(nn.Module):
     """The SegViT loss: Σ over stages of CE·1 + focal·20 + dice·1. (arXiv 2210.05844, section 3.3.)
+
+    A model with edge-aware down-sampling gives edge logits, whose binary cross-entropy is added: the truth is whether a
+    patch holds pixels of more than one class; the mean is over patches with at least one pixel that counts.
 
     CE: the token of a class that occurs in the image should say its class (weight 1, or class_weights), every other
     token "no object" (weight 0.1); weighted mean. Focal and dice: masks of the occurring classes, at label resolution.
@@ -28,18 +33,18 @@ class ATMLoss(nn.Module):
         ignore_index: label of pixels without a truth.
         ignored: "masked" leaves ignored pixels out of the mask losses; "negative" counts them as background of every
             mask, as the official implementation does (for parity with its recipes).
-        ce_weight, focal_weight, dice_weight: factors of the three terms.
+        ce_weight, focal_weight, dice_weight, edge_weight: factors of the terms.
         no_object_weight: CE weight of tokens whose class does not occur.
         class_weights: K CE weights of tokens whose class occurs; None: 1 each.
         alpha, gamma: of the focal loss.
         debug: raise ValueError where a label is neither a class nor ignore_index, which otherwise counts as ignored; on
             a GPU the host waits to know.
 
-    Called with `out` (reads class_logits [S, B, N, K+1], mask_logits [S, B, N, h, w] and, when present, extent) and
-    labels [B, H, W] of any integer dtype. With several processes CE's sum of weights and the number of masks are
-    averaged over them in one all-reduce, so that DDP's mean is the loss of the joint batch. A batch with nothing to
-    learn gives every parameter a gradient all the same. Written to need no host sync (but for debug); not yet run on a
-    GPU.
+    Called with `out` (reads class_logits [S, B, N, K+1], mask_logits [S, B, N, h, w] and, when present, extent and
+    edge_logits [B, h, w]) and labels [B, H, W] of any integer dtype. With several processes CE's sum of weights and the
+    numbers of masks and patches are averaged over them in one all-reduce, so that DDP's mean is the loss of the joint
+    batch. A batch with nothing to learn gives every parameter a gradient all the same. Written to need no host sync
+    (but for debug); not yet run on a GPU.
 
     Raises:
         ValueError: arguments that do not fit.
@@ -58,6 +63,7 @@ class ATMLoss(nn.Module):
         alpha: float = 0.25,
         gamma: float = 2.0,
         debug: bool = False,
+        edge_weight: float = 1.0,
     ):
         super().__init__()
         if not isinstance(num_classes, int) or num_classes < 1:
@@ -71,16 +77,23 @@ class ATMLoss(nn.Module):
             raise ValueError(f"no_object_weight must be at least 0, got {no_object_weight!r}")
         self.num_classes, self.ignore_index, self.ignored = num_classes, ignore_index, ignored
         self.ce_weight, self.focal_weight, self.dice_weight = ce_weight, focal_weight, dice_weight
-        self.alpha, self.gamma, self.debug = alpha, gamma, debug
+        self.alpha, self.gamma, self.debug, self.edge_weight = alpha, gamma, debug, edge_weight
         self.register_buffer("weights", torch.cat([weights, torch.tensor([no_object_weight])]), persistent=False)
 
     def forward(self, out, labels: Tensor) -> ATMLossOutput:
         class_logits, mask_logits = out.class_logits, out.mask_logits
-        self._check(class_logits, mask_logits, labels)
+        edge_logits, extent = getattr(out, "edge_logits", None), getattr(out, "extent", None)
+        self._check(class_logits, mask_logits, edge_logits, labels)
         present = self._present(labels)
         target = torch.where(present, torch.arange(self.num_classes, device=labels.device), self.num_classes)
         weight = self.weights.to(labels.device)[target]  # [B, N]
-        total_weight, num_masks = _average_over_processes(weight.sum(), present.sum())
+        sums = [weight.sum(), present.sum()]
+        if edge_logits is not None:
+            index = labels.long()
+            counts = (index >= 0) & (index < self.num_classes) & (index != self.ignore_index)
+            mixed, seen = mixed_patches(labels, counts, edge_logits.shape[1:], extent)
+            sums.append(seen.sum())
+        total_weight, num_masks, *num_patches = _average_over_processes(*sums)
         class_logits = class_logits if class_logits.dtype == torch.float64 else class_logits.float()
         log_probs = class_logits.log_softmax(-1)
         nll = -log_probs.gather(-1, target.expand(len(class_logits), -1, -1)[..., None])[..., 0]  # [S, B, N]
@@ -94,18 +107,27 @@ class ATMLoss(nn.Module):
             self.ignored,
             self.alpha,
             self.gamma,
-            getattr(out, "extent", None),
+            extent,
         )
         focal, dice = self.focal_weight * focal, self.dice_weight * dice
-        return ATMLossOutput((ce + focal + dice).sum(), ce, focal, dice)
+        total = (ce + focal + dice).sum()
+        if edge_logits is None:
+            return ATMLossOutput(total, ce, focal, dice)
+        bce = F.binary_cross_entropy_with_logits(edge_logits, mixed.to(edge_logits.dtype), reduction="none")
+        edge = self.edge_weight * (bce * seen).sum() / num_patches[0]
+        return ATMLossOutput(total + edge, ce, focal, dice, edge)
 
-    def _check(self, class_logits: Tensor, mask_logits: Tensor, labels: Tensor) -> None:
+    def _check(self, class_logits: Tensor, mask_logits: Tensor, edge_logits: Tensor | None, labels: Tensor) -> None:
         if class_logits.dim() != 4 or class_logits.shape[2:] != (self.num_classes, self.num_classes + 1):
             expected = f"[S, B, {self.num_classes}, {self.num_classes + 1}]"
             raise ValueError(f"out.class_logits must be {expected}, got {tuple(class_logits.shape)}")
         if mask_logits.dim() != 5 or mask_logits.shape[:3] != class_logits.shape[:3]:
             expected = f"[S, B, N, h, w] with S, B, N = {tuple(class_logits.shape[:3])}"
             raise ValueError(f"out.mask_logits must be {expected}, got {tuple(mask_logits.shape)}")
+        if edge_logits is not None and (edge_logits.dim() != 3 or len(edge_logits) != class_logits.shape[1]):
+            raise ValueError(
+                f"out.edge_logits must be [B, h, w] with B = {class_logits.shape[1]}, got {tuple(edge_logits.shape)}"
+            )
         if labels.dim() != 3 or labels.is_floating_point() or labels.shape[0] != class_logits.shape[1]:
             got = f"{labels.dtype} {tuple(labels.shape)}"
             raise ValueError(f"labels must be integers [B, H, W] with B = {class_logits.shape[1]}, got {got}")
@@ -129,14 +151,40 @@ class ATMLoss(nn.Module):
         return found.scatter(1, torch.where(counts, index, self.num_classes), True)[:, :-1]
 
 
-def _average_over_processes(weight_sum: Tensor, num_masks: Tensor) -> tuple[Tensor, Tensor]:
-    """CE's sum of weights and the number of masks, averaged in one all-reduce that the host does not wait for.
+def mixed_patches(
+    labels: Tensor,  # [B, H, W] of any integer dtype
+    counts: Tensor,  # [B, H, W] bool: pixels that have a class
+    grid: tuple[int, int],
+    extent: tuple[float, float] | None = None,  # the part of the grid that the labels cover; None: all
+) -> tuple[Tensor, Tensor]:  # [B, h, w] bool each
+    """Which patches of a grid hold more than one class, and which hold any: the truth that an edge head learns.
 
-    The number of masks is at least one over all processes, so that DDP's mean is the joint batch's loss.
+    A pixel belongs to the patch that its centre lies in; patches need not be a whole number of pixels wide, and one
+    without a centre takes its nearest pixels.
     """
-    sums, processes = torch.stack([weight_sum, num_masks.to(weight_sum.dtype)]), 1
+    most = torch.iinfo(torch.int32).max
+    index = labels.int()
+    ends = torch.stack([torch.where(counts, index, most), torch.where(counts, -index, most)])  # lowest, −highest class
+    for dim, cells, covered in ((2, grid[0], (extent or grid)[0]), (3, grid[1], (extent or grid)[1])):
+        size = labels.shape[dim - 1]
+        width = size / covered
+        first = (torch.arange(cells + 1, device=labels.device, dtype=torch.float64) * width - 0.5).ceil().long()
+        pixels = first[:-1, None] + torch.arange(int(width) + 1, device=labels.device)
+        last = torch.maximum(first[1:], first[:-1] + 1)[:, None] - 1
+        pixels = pixels.minimum(last).clamp(0, size - 1)  # some stand there twice, which changes nothing
+        ends = ends.index_select(dim, pixels.flatten()).unflatten(dim, pixels.shape).amin(dim + 1)
+    lowest, highest = ends[0], -ends[1]
+    return lowest < highest, lowest < most
+
+
+def _average_over_processes(weight_sum: Tensor, *counts: Tensor) -> Tensor:
+    """CE's sum of weights, and numbers of things, averaged in one all-reduce that the host does not wait for.
+
+    A number is at least one over all processes, so that DDP's mean is the joint batch's loss.
+    """
+    sums, processes = torch.stack([weight_sum, *(count.to(weight_sum.dtype) for count in counts)]), 1
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         processes = dist.get_world_size()
         dist.all_reduce(sums)
     sums = sums / processes
-    return sums[0], sums[1].clamp(min=1 / processes)
+    return torch.cat([sums[:1], sums[1:].clamp(min=1 / processes)])

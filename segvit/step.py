@@ -118,9 +118,10 @@ class _Step:
 
     def _forward(self, images: Tensor, labels: Tensor) -> Tensor:
         terms = self.loss(self.model(images), labels)
-        return torch.cat([terms.total[None], terms.ce, terms.focal, terms.dice])
+        edge = [] if terms.edge is None else [terms.edge[None]]
+        return torch.cat([terms.total[None], terms.ce, terms.focal, terms.dice, *edge])
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:  # total, and ce, focal, dice of every stage
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:  # total; ce, focal, dice of every stage; edge
         enabled = self.autocast is not None  # without the cache of casts, which would outlive a captured step
         casts = torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled, cache_enabled=False)
         shapes = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)  # no limit
@@ -139,7 +140,9 @@ class _Step:
         self.model.zero_grad(set_to_none=True)  # what the optimizer does not have, too
 
     def _split(self, packed: Tensor) -> ATMLossOutput:
-        return ATMLossOutput(packed[0], *packed[1:].chunk(3))
+        stages, with_edge = divmod(len(packed) - 1, 3)
+        per_stage = packed[1 : 1 + 3 * stages].chunk(3)
+        return ATMLossOutput(packed[0], *per_stage, packed[-1] if with_edge else None)
 
     def _aside(self, images: Tensor, labels: Tensor) -> Tensor:
         """A step as it is, on a stream of its own, as capture wants what comes before."""

@@ -239,6 +239,7 @@ def _blame(stream: _Stream, step: int, loss: float) -> str:
 
 def _values(terms) -> dict[str, float]:
     values = {"loss": terms.total, "ce": terms.ce[-1], "focal": terms.focal[-1], "dice": terms.dice[-1]}
+    values |= {} if terms.edge is None else {"edge": terms.edge}
     return {name: value.item() for name, value in values.items()}
 
 

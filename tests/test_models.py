@@ -282,7 +282,7 @@ def test_autocast_trains_and_gives_float32_outputs(shrink):
         ({"image_size": (64, 64, 3)}, r"image_size must be an int or \(height, width\)"),
         ({"out_indices": (1, 9)}, "out_indices must be ascending block numbers from 0 to 5"),
         ({"out_indices": (3, 1)}, "out_indices must be ascending"),
-        ({"shrink": "v3"}, 'shrink must be None or "v1"'),
+        ({"shrink": "v3"}, 'shrink must be None, "v1", "light" or "edge"'),
         ({"shrink": "v1", "shrink_at": 6}, "shrink_at must be a block number from 1 to 5"),
         ({"shrink": "v1", "out_indices": (1, 3, 5)}, "out_indices must be one block before shrink_at"),
         ({"decoder_heads": 3}, "decoder_heads must divide decoder_dim, got 3 and 32"),

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from segvit.models.shrunk import check_block, query_downsample
+from segvit.models.shrunk import STRIDE, EdgeSelector, check_block, keep_positions, query_downsample
 from segvit.ops.reference.token_resample import stride_index
 
 FAMILIES = ("vision_transformer", "deit", "eva", "beit")  # timm modules of plain ViTs
@@ -24,7 +24,9 @@ FAMILIES = ("vision_transformer", "deit", "eva", "beit")  # timm modules of plai
 
 class Features(NamedTuple):
     tokens: list[Tensor]  # after each of out_indices, shallow to deep: [B, h_i·w_i, C], without prefix tokens
-    grids: list[tuple[int, int]]  # (h_i, w_i)
+    grids: list[tuple[int, int]]  # (h_i, w_i); where edge tokens were kept, of the even grid alone
+    extra: Tensor | None = None  # [B, E] cells of the first grid whose tokens lie behind the even grid's
+    edge_logits: Tensor | None = None  # [B, h, w] float32, of the grid before down-sampling
 
 
 class Backbone(nn.Module):
@@ -122,20 +124,30 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> "Backbone":
         return super().train(mode and not self.frozen)
 
-    def forward(self, images: Tensor) -> Features:
-        """images [B, C, H, W], normalised; any H and W."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not (self.frozen and not images.requires_grad)):
-            return self._forward(images)
+    def forward(self, images: Tensor, select: EdgeSelector | None = None) -> Features:
+        """images [B, C, H, W], normalised; any H and W. `select` says which tokens stay beside the even grid."""
+        learn = torch.is_grad_enabled()
+        with torch.set_grad_enabled(learn and not (self.frozen and not images.requires_grad)):
+            return self._forward(images, select, learn)
 
-    def _forward(self, images: Tensor) -> Features:
+    def _forward(self, images: Tensor, select: EdgeSelector | None, learn: bool) -> Features:
         x, grid, position = self._embed(self._pad(images))
         prefix = self.model.num_prefix_tokens
         features = Features([], [])
         for i, block in enumerate(self.model.blocks):
             arguments = self._block_arguments(position, i)
             if i == self.shrink_at:
-                x = query_downsample(block, x, grid, 2, **arguments)
-                position, grid = self._keep_positions(position, grid)
+                keep = STRIDE
+                if select is not None:
+                    with torch.set_grad_enabled(learn):  # it learns in front of a frozen backbone, too
+                        edge_logits, extra = select(x[:, prefix:], grid)
+                    features = features._replace(extra=extra, edge_logits=edge_logits)
+                    even = stride_index(grid, STRIDE, x.device).expand(len(x), -1)
+                    keep = torch.cat([even, extra], 1)
+                x = query_downsample(block, x, grid, keep, **arguments)
+                if position is not None:
+                    position = keep_positions(position, grid, keep)
+                grid = tuple(-(-side // STRIDE) for side in grid)
             elif self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False, **arguments)
             else:
@@ -186,12 +198,6 @@ class Backbone(nn.Module):
         if isinstance(self.model, Eva):
             return {"rope": position[i] if self.model.rope_mixed else position}
         return {}
-
-    def _keep_positions(self, position: Tensor | None, grid: tuple[int, int]) -> tuple[Tensor | None, tuple[int, int]]:
-        """Rotary table [.., h·w, D] and grid of the tokens that down-sampling kept."""
-        if position is not None:
-            position = position.index_select(-2, stride_index(grid, 2, position.device)[0])
-        return position, (-(-grid[0] // 2), -(-grid[1] // 2))
 
 
 def resize_pos_embed(

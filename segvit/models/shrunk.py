@@ -1,4 +1,4 @@
-"""Shrunk: query-based down-sampling (QD) inside the backbone, and query-based up-sampling (QU) behind it."""
+"""Shrunk: query-based down-sampling (QD) inside the backbone, which tokens it keeps, and up-sampling (QU) behind it."""
 
 import warnings
 
@@ -8,10 +8,11 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from segvit.models.decoder import DecoderStage, FeatureProjection
-from segvit.ops import query_attention, token_downsample
+from segvit.ops import query_attention, token_downsample, token_upsample
 from segvit.ops.reference.token_resample import stride_index
 
 BLOCKS = ("Block", "EvaBlock")  # of timm: pre-norm, attention then MLP
+STRIDE = 2  # of the even grid that down-sampling keeps
 
 
 def check_block(block: nn.Module) -> None:
@@ -38,19 +39,19 @@ def query_downsample(
     block: nn.Module,
     x: Tensor,  # [B, P + h·w, C]
     grid: tuple[int, int],
-    stride: int,
+    keep: int | Tensor,  # a stride s, or cells [B, M]
     rope: Tensor | None = None,  # [h·w, D] or [H, h·w, D]
-) -> Tensor:  # [B, P + ceil(h/s)·ceil(w/s), C]
+) -> Tensor:  # [B, P + M, C]; with a stride M = ceil(h/s)·ceil(w/s)
     """One encoder block whose queries and residual are the kept tokens and whose keys and values are all tokens.
 
     It has no parameters of its own. With stride 1 it is the block itself. (SegViT, arXiv 2210.05844, section 3.4.)
     """
     attention, norm = block.attn, block.norm1
-    y, y_q, x_q = token_downsample(x, norm.weight, norm.bias, norm.eps, grid, stride)
+    y, y_q, x_q = token_downsample(x, norm.weight, norm.bias, norm.eps, grid, keep)
     q, k, v = _project(attention, y_q, y)  # [B, H, tokens, d]
     if rope is not None:
         prefix, half = attention.num_prefix_tokens, getattr(attention, "rotate_half", False)
-        kept = rope.index_select(-2, stride_index(grid, stride, rope.device)[0])
+        kept = keep_positions(rope, grid, keep)
         q = torch.cat([q[:, :, :prefix], apply_rot_embed_cat(q[:, :, prefix:], kept, half=half)], 2).type_as(v)
         k = torch.cat([k[:, :, :prefix], apply_rot_embed_cat(k[:, :, prefix:], rope, half=half)], 2).type_as(v)
     dropout_p = attention.attn_drop.p if block.training else 0.0
@@ -59,6 +60,18 @@ def query_downsample(
     out = attention.proj_drop(attention.proj(attention.norm(out)))
     x = x_q + block.drop_path1(_layer_scale(block, 1, out))
     return x + block.drop_path2(_layer_scale(block, 2, block.mlp(block.norm2(x))))
+
+
+def keep_positions(
+    position: Tensor,  # [.., h·w, D], a rotary table, the same for every image
+    grid: tuple[int, int],
+    keep: int | Tensor,  # a stride, or cells [B, M]
+) -> Tensor:  # [.., M, D]; with cells [B, 1, M, D], or [.., B, H, M, D] of a table [.., H, h·w, D]
+    """The rows of a rotary table that belong to the kept tokens."""
+    if isinstance(keep, int):
+        return position.index_select(-2, stride_index(grid, keep, position.device)[0])
+    kept = position[..., keep, :]
+    return kept[:, None] if position.dim() == 2 else kept.movedim(-3, -4)
 
 
 def _project(attention: nn.Module, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,6 +95,66 @@ def _layer_scale(block: nn.Module, branch: int, x: Tensor) -> Tensor:
         return scale(x)
     gamma = getattr(block, f"gamma_{branch}", None)
     return x if gamma is None else gamma * x
+
+
+class EdgeSelector(nn.Module):
+    """Which tokens stay beside the even grid: those that an MLP takes for patches with more than one class.
+
+    The number of them is a fixed share of the grid, so shapes depend on the image size alone and nothing waits for
+    the device. Our own design after the abstract of SegViTv2 (arXiv 2306.06289), whose Shrunk++ was not released.
+
+    Args:
+        dim: width C of the backbone.
+        budget: share of the grid's cells that stay beside the even grid, in (0, 1].
+    """
+
+    def __init__(self, dim: int, budget: float):
+        super().__init__()
+        self.budget = budget
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim // 4), nn.GELU(), nn.Linear(dim // 4, 1))
+
+    def count(self, grid: tuple[int, int]) -> int:
+        """How many cells of a grid stay beside the even ones."""
+        even = -(-grid[0] // STRIDE) * -(-grid[1] // STRIDE)
+        return min(round(self.budget * grid[0] * grid[1]), grid[0] * grid[1] - even)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """tokens [B, h·w, C]. Returns edge logits [B, h, w] float32, and the chosen cells [B, E], none of them even."""
+        logits = self.head(tokens)[..., 0]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        even = stride_index(grid, STRIDE, tokens.device).expand(len(tokens), -1)
+        chosen = logits.detach().scatter(1, even, -torch.inf).topk(self.count(grid), 1).indices
+        return logits.unflatten(1, grid), chosen
+
+
+class LightUpsample(nn.Module):
+    """Light QU: the low-grid tokens return to the full grid by interpolation and meet the tokens before QD there.
+
+    Both features are projected and normalised, added on the full grid, and pass a feed-forward layer. There is nothing
+    in it that depends on the image size. A tenth of the multiply-adds of Shrunk v1's QU. Our own design.
+
+    Args:
+        in_dim: width C of the backbone.
+        dim: width C' of the result.
+        dropout: of the feed-forward layer.
+    """
+
+    def __init__(self, in_dim: int, dim: int, dropout: float):
+        super().__init__()
+        self.projections = nn.ModuleList(FeatureProjection(in_dim, dim) for _ in range(2))
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: list[Tensor], grid: tuple[int, int], extra: Tensor | None = None) -> Tensor:
+        """features: full grid [B, h·w, C], then what was kept: the even grid, and behind it the cells `extra` [B, E].
+
+        Returns [B, h·w, C'].
+        """
+        skip, low = (project(tokens) for project, tokens in zip(self.projections, features))
+        x = token_upsample(low, skip.to(low.dtype), grid, STRIDE, extra)
+        return self.norm(x + self.dropout(self.fc2(self.dropout(F.relu(self.fc1(x))))))
 
 
 class QueryUpsample(nn.Module):

@@ -74,28 +74,33 @@ def token_downsample(
 
 
 def token_upsample(
-    x: Tensor,  # [B, P + ceil(h/s)·ceil(w/s), C]
+    x: Tensor,  # [B, P + ceil(h/s)·ceil(w/s) + E, C]
     skip: Tensor,  # [B, P + h·w, C]
     grid: tuple[int, int],
     stride: int,
+    extra: Tensor | None = None,  # [B, E]
     backend: str | None = None,
 ) -> Tensor:
-    """Return the tokens kept by a stride to the full grid, bilinearly, and add the skip: the inverse of down-sampling.
+    """Return the kept tokens to the full grid, bilinearly, and add the skip: the inverse of down-sampling.
 
-    A kept cell gets its own token exactly; cells between are interpolated, cells past the last kept one repeat it.
+    A kept cell gets its own token exactly; cells between are interpolated from the even grid, cells past the last kept
+    one repeat it.
 
     Args:
-        x: [B, P + ceil(h/s)·ceil(w/s), C], prefix tokens first, the kept grid row by row.
+        x: [B, P + ceil(h/s)·ceil(w/s) + E, C]: prefix tokens, the kept grid row by row, the tokens of `extra`.
         skip: [B, P + h·w, C], the tokens of the full grid; same dtype and device.
         grid: (h, w) of the full grid.
-        stride: s, as it was given to token_downsample.
+        stride: s, of the even grid that was kept.
+        extra: int64 cells [B, E] of the grid (0 … h·w − 1, row by row) that were kept beside the even grid. They get
+            their own token in place of the interpolation; a cell that is there more than once gets its last.
         backend: "reference", or None for the best that can run.
 
     Returns:
         [B, P + h·w, C] in x's dtype, with gradients to x and skip.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes or dtypes that do not fit, a stride below 1.
+        RuntimeError: a cell outside the grid; a backend that was asked for and cannot run, with the reason.
     """
     op = "token_upsample"
     grid = _checks.pair(op, "grid", grid)
@@ -104,13 +109,17 @@ def token_upsample(
     if not isinstance(stride, int) or stride < 1:
         raise ValueError(f"{op}: stride must be an integer of at least 1, got {stride!r}")
     kept = -(-grid[0] // stride) * -(-grid[1] // stride)
+    if extra is not None:
+        if _checks.tensor(op, "extra", extra, "[B, E]", (torch.int64,)).shape[0] != skip.shape[0]:
+            raise ValueError(f"{op}: extra must be [B, E] with B = {skip.shape[0]}, got {tuple(extra.shape)}")
+        kept += extra.shape[1]
     prefix = skip.shape[1] - grid[0] * grid[1]
     if prefix < 0 or x.shape != (skip.shape[0], prefix + kept, skip.shape[2]):
         shapes = f"x {tuple(x.shape)} and skip {tuple(skip.shape)}"
         raise ValueError(f"{op}: grid {grid} and stride {stride} ask for x [B, P + {kept}, C], got {shapes}")
-    _checks.same_device(op, x=x, skip=skip)
+    _checks.same_device(op, x=x, skip=skip, extra=extra)
     choose(op, backend, [("reference", None)])
-    return reference_upsample(x, skip, grid, stride)
+    return reference_upsample(x, skip, grid, stride, extra)
 
 
 def query_attention(

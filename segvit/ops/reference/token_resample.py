@@ -29,12 +29,16 @@ def token_downsample(
 
 
 def token_upsample(
-    x: Tensor,  # [B, P + ceil(h/s)·ceil(w/s), C], the tokens that token_downsample kept, after further blocks
+    x: Tensor,  # [B, P + ceil(h/s)·ceil(w/s) + E, C], the tokens that token_downsample kept, after further blocks
     skip: Tensor,  # [B, P + h·w, C], the full grid before down-sampling
     grid: tuple[int, int],
     stride: int,
+    extra: Tensor | None = None,  # [B, E] int64, the cells of E further tokens of x, behind the others
 ) -> Tensor:  # [B, P + h·w, C]
-    """Kept tokens back on the full grid, bilinear between the cells they came from, plus the skip."""
+    """Kept tokens back on the full grid, bilinear between the cells they came from, plus the skip.
+
+    The cells in `extra` get their own token; a cell that is there more than once gets its last.
+    """
     prefix = skip.shape[1] - grid[0] * grid[1]
 
     def weights(size: int) -> Tensor:  # [size, ceil(size / stride)]
@@ -43,9 +47,21 @@ def token_upsample(
         distance = (at[:, None] - torch.arange(kept, device=x.device, dtype=torch.float64)).abs()
         return (1 - distance).clamp(min=0).to(x.dtype)
 
-    low = x[:, prefix:].unflatten(1, (-(-grid[0] // stride), -(-grid[1] // stride)))
-    full = torch.einsum("yi,xj,bijc->byxc", weights(grid[0]), weights(grid[1]), low)
-    return torch.cat([x[:, :prefix], full.flatten(1, 2)], 1) + skip
+    low_grid = -(-grid[0] // stride), -(-grid[1] // stride)
+    kept = prefix + low_grid[0] * low_grid[1]
+    low = x[:, prefix:kept].unflatten(1, low_grid)
+    full = torch.einsum("yi,xj,bijc->byxc", weights(grid[0]), weights(grid[1]), low).flatten(1, 2)
+    if extra is not None and extra.shape[1]:
+        place = extra_places(extra, grid)[..., None]
+        own = x[:, kept:].gather(1, place.clamp(min=0).expand_as(full))
+        full = torch.where(place < 0, full, own)
+    return torch.cat([x[:, :prefix], full], 1) + skip
+
+
+def extra_places(extra: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, h·w] int64
+    """For every cell of the grid, its last place in extra [B, E]; -1 where it is not there."""
+    places = torch.arange(extra.shape[1], device=extra.device).expand_as(extra)
+    return places.new_full((len(extra), grid[0] * grid[1]), -1).scatter_reduce(1, extra, places, "amax")
 
 
 def query_attention(
