@@ -1,7 +1,5 @@
 // Registers the CPU kernels, and makes `import segvit._C` work: loading the library is all that import does.
-#include <Python.h>
-#include <torch/csrc/stable/library.h>
-
+#include "module.h"
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(segvit, CPU, m) {
@@ -11,9 +9,8 @@ STABLE_TORCH_LIBRARY_IMPL(segvit, CPU, m) {
     m.impl("mask_loss_sums_native", TORCH_BOX(&segvit::mask_loss_sums_cpu));
     m.impl("mask_loss_gradient_native", TORCH_BOX(&segvit::mask_loss_gradient_cpu));
     m.impl("token_downsample_backward", TORCH_BOX(&segvit::token_downsample_backward_cpu));
+    m.impl("token_upsample", TORCH_BOX(&segvit::token_upsample_cpu));
+    m.impl("token_upsample_backward", TORCH_BOX(&segvit::token_upsample_backward_cpu));
 }
 
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-    static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-    return PyModule_Create(&module);
-}
+SEGVIT_MODULE(_C)

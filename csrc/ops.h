@@ -4,31 +4,50 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 
 namespace segvit {
 
 using torch::stable::Tensor;
 
-// LayerNorm of all tokens and a gather of the kept ones: y, y_q, x_q, mean, rstd.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_downsample_cpu(
-    Tensor x,       // [B, T, C], T = prefix + h*w
-    Tensor weight,  // [C], dtype of x
-    Tensor bias,    // [C], dtype of x
-    Tensor index,   // [B or 1, M] int64, cells after the prefix
-    double eps, int64_t prefix);
+// LayerNorm of all tokens and a gather of the kept ones, which are the cells of an index [B, M] int64, or without it
+// every stride-th row and column: y, y_q, x_q, mean, rstd.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_downsample_cpu(Tensor x,  // [B, T, C], T = prefix + h * w
+                                                                        Tensor weight, Tensor bias,  // [C], as x
+                                                                        std::optional<Tensor> index, int64_t height,
+                                                                        int64_t width, int64_t stride, double eps);
 
 // The gathered gradients go back to their tokens inside the LayerNorm's backward: grad_x, grad_weight, grad_bias.
 std::tuple<Tensor, Tensor, Tensor> token_downsample_backward_cpu(
     Tensor grad_y,    // [B, T, C]
     Tensor grad_y_q,  // [B, prefix + M, C]
     Tensor grad_x_q,  // [B, prefix + M, C]
-    Tensor x,         // [B, T, C]
-    Tensor weight,    // [C]
-    Tensor index,     // [B or 1, M] int64
-    Tensor mean,      // [B, T] float32, or float64 beside float64
-    Tensor rstd,      // [B, T]
-    int64_t prefix);
+    Tensor x, Tensor weight, std::optional<Tensor> index,
+    Tensor mean,  // [B, T] float32, or float64 beside float64
+    Tensor rstd, int64_t height, int64_t width, int64_t stride);
+
+// The even grid's tokens back on the full grid, the cells of extra [B, E] with their own, plus the skip: [B, T, C].
+Tensor token_upsample_cpu(Tensor x,     // [B, prefix + M + E, C]
+                          Tensor skip,  // [B, T, C]
+                          std::optional<Tensor> extra, int64_t height, int64_t width, int64_t stride);
+
+// The gradient of x; that of the skip is grad itself.
+Tensor token_upsample_backward_cpu(Tensor grad, std::optional<Tensor> extra, int64_t height, int64_t width,
+                                   int64_t stride);
+
+// The same four on CUDA: float32, bfloat16 and float16.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_downsample_cuda(Tensor x, Tensor weight, Tensor bias,
+                                                                         std::optional<Tensor> index, int64_t height,
+                                                                         int64_t width, int64_t stride, double eps);
+std::tuple<Tensor, Tensor, Tensor> token_downsample_backward_cuda(Tensor grad_y, Tensor grad_y_q, Tensor grad_x_q,
+                                                                  Tensor x, Tensor weight, std::optional<Tensor> index,
+                                                                  Tensor mean, Tensor rstd, int64_t height,
+                                                                  int64_t width, int64_t stride);
+Tensor token_upsample_cuda(Tensor x, Tensor skip, std::optional<Tensor> extra, int64_t height, int64_t width,
+                           int64_t stride);
+Tensor token_upsample_backward_cuda(Tensor grad, std::optional<Tensor> extra, int64_t height, int64_t width,
+                                    int64_t stride);
 
 // Labels [B, H, W] of any integer dtype and, unless `best` is empty, the winning scores; both are written.
 void mask_decode_labels_cpu(Tensor mask_logits,  // [B, N, h, w] float32

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -94,28 +98,43 @@ def test_gradcheck(backend, keep):
     assert torch.autograd.gradcheck(lambda *a: token_downsample(*a, 1e-6, (2, 3), keep, backend=backend), arguments)
 
 
-def test_opcheck():
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight, bias = inputs(dtype=dtype)
-        opcheck(torch.ops.segvit.token_downsample.default, (x, weight, bias, stride_index((5, 7), 2), 1e-6, 1))
-        opcheck(torch.ops.segvit.token_downsample.default, (x, weight, bias, KEEPS["repeated"], 1e-6, 1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    x, weight, bias = inputs(dtype=dtype)
+    for index, stride in ((None, 2), (KEEPS["repeated"], 1)):
+        opcheck(torch.ops.segvit.token_downsample.default, (x, weight, bias, index, 5, 7, stride, 1e-6))
+    for extra in (None, KEEPS["repeated"]):
+        low, skip = upsample_inputs(extra=extra, dtype=dtype)
+        opcheck(torch.ops.segvit.token_upsample.default, (low, skip, extra, 5, 7, 2))
+        opcheck(torch.ops.segvit.token_upsample_backward.default, (skip.detach(), extra, 5, 7, 2))
 
 
-def test_the_operator_without_native_code_is_the_same():
+@pytest.mark.parametrize("keep", [2, KEEPS["repeated"]], ids=["stride", "repeated"])
+def test_the_operator_without_native_code_is_the_same(keep):
     """The Python body that serves devices without a kernel of their own, against the naive form."""
     from segvit.ops.token_resample import _downsample, _downsample_backward
 
     arguments = inputs(P=1)
     x, weight, bias = (t.detach() for t in arguments)
-    index = KEEPS["repeated"]
-    y, y_q, x_q, mean, rstd = _downsample(x, weight, bias, index, 1e-6, 1)
-    want = naive(*arguments, 1e-6, (5, 7), index)
+    index, stride = (None, keep) if isinstance(keep, int) else (keep, 1)
+    y, y_q, x_q, mean, rstd = _downsample(x, weight, bias, index, 5, 7, stride, 1e-6)
+    want = naive(*arguments, 1e-6, (5, 7), keep)
     upstream = [torch.randn_like(t) for t in want]
     for a, b in zip((y, y_q, x_q), want):
         torch.testing.assert_close(a, b)
-    got = _downsample_backward(*upstream, x, weight, index, mean, rstd, 1)
+    got = _downsample_backward(*upstream, x, weight, index, mean, rstd, 5, 7, stride)
     for a, b in zip(got, torch.autograd.grad(want, arguments, upstream)):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("extra", [None, KEEPS["repeated"]], ids=["even", "extra"])
+def test_upsampling_backward_without_native_code_is_the_same(extra):
+    from segvit.ops.token_resample import _upsample_backward
+
+    x, skip = upsample_inputs(extra=extra)
+    upstream = torch.randn_like(skip)
+    (want,) = torch.autograd.grad(naive_upsample(x, skip, (5, 7), 2, extra), x, upstream)
+    torch.testing.assert_close(_upsample_backward(upstream, extra, 5, 7, 2), want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -152,15 +171,159 @@ def test_native_backward_is_bitwise_the_same_with_any_number_of_threads():
 def test_compiles_to_at_most_two_graphs_over_batch_sizes(backend):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    step = torch.compile(
-        lambda *a: token_downsample(*a, 1e-6, (5, 7), 2, backend=backend), fullgraph=True, backend=counter
-    )
+
+    def there_and_back(x, weight, bias, extra):
+        y, _, kept = token_downsample(x, weight, bias, 1e-6, (5, 7), 2, backend=backend)
+        kept = torch.cat([kept, kept[:, : extra.shape[1]]], 1)
+        return token_upsample(kept, y, (5, 7), 2, extra, backend=backend)
+
+    step = torch.compile(there_and_back, fullgraph=True, backend=counter)
     for B in (1, 2, 3, 8):
         arguments = inputs(B, dtype=torch.float32)
-        got = step(*arguments)
-        torch.testing.assert_close(got, naive(*arguments, 1e-6, (5, 7), 2))
-        sum(t.sum() for t in got).backward()
+        extra = torch.randint(0, 35, (B, 4))
+        got = step(*arguments, extra)
+        torch.testing.assert_close(got, there_and_back(*arguments, extra))
+        got.sum().backward()
     assert counter.frame_count <= 2
+
+
+def upsample_inputs(B=2, P=1, grid=(5, 7), C=12, stride=2, extra=None, dtype=torch.float64):
+    kept = -(-grid[0] // stride) * -(-grid[1] // stride) + (0 if extra is None else extra.shape[1])
+    return [torch.randn(B, P + n, C, dtype=dtype, requires_grad=True) for n in (kept, grid[0] * grid[1])]
+
+
+def naive_upsample(x, skip, grid, stride, extra=None):
+    """By F.interpolate with aligned corners on the part between kept cells, the last row and column repeated."""
+    P = skip.shape[1] - grid[0] * grid[1]
+    low = [-(-side // stride) for side in grid]
+    cells = x[:, P : P + low[0] * low[1]].unflatten(1, low).permute(0, 3, 1, 2)
+    inner = [(n - 1) * stride + 1 for n in low]
+    full = F.interpolate(cells, inner, mode="bilinear", align_corners=True)
+    rows, columns = (torch.arange(side).clamp(max=n - 1) for side, n in zip(grid, inner))
+    full = full[:, :, rows][:, :, :, columns].permute(0, 2, 3, 1).flatten(1, 2)
+    images = []
+    for b in range(len(x)):
+        tokens = list(full[b])
+        for e, cell in enumerate([] if extra is None else extra[b].tolist()):
+            tokens[cell] = x[b, P + low[0] * low[1] + e]
+        images.append(torch.stack(tokens))
+    return torch.cat([x[:, :P], torch.stack(images)], 1) + skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stride", [1, 2, 3, 9])
+@pytest.mark.parametrize("extra", [None, KEEPS["none"], KEEPS["index"], KEEPS["repeated"]], ids=["even", *"0uR"])
+@pytest.mark.parametrize("P", [0, 3])
+def test_upsample_values_and_gradients_match_the_naive_form(backend, stride, extra, P):
+    x, skip = upsample_inputs(P=P, stride=stride, extra=extra)
+    got = token_upsample(x, skip, (5, 7), stride, extra, backend=backend)
+    want = naive_upsample(x, skip, (5, 7), stride, extra)
+    torch.testing.assert_close(got, want)
+    upstream = torch.randn_like(got)
+    for a, b in zip(*(torch.autograd.grad(out, (x, skip), upstream) for out in (got, want))):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_upsample_error_is_at_most_twice_plain_pytorch_in_the_same_dtype(backend, dtype):
+    extra = KEEPS["index"]
+    exact = upsample_inputs(C=48, extra=extra)
+    low = [t.detach().to(dtype).requires_grad_() for t in exact]
+    exact = [t.detach().double().requires_grad_() for t in low]
+    upstream = torch.randn_like(low[1])
+    results = []
+    for arguments, call in ((exact, naive_upsample), (low, naive_upsample), (low, token_upsample)):
+        named = {"backend": backend} if call is token_upsample else {}
+        out = call(*arguments, (5, 7), 2, extra, **named)
+        results.append((out, *torch.autograd.grad(out, arguments, upstream.to(out.dtype))))
+    for want, plain, got in zip(*results):
+        assert got.dtype == dtype
+        error, allowed = ((t.double() - want).norm() / want.norm() for t in (got, plain))
+        assert error <= 2 * allowed + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_upsample_takes_strided_input_expanded_gradients_and_poisoned_memory(backend, poisoned):
+    extra = torch.cat([KEEPS["index"], KEEPS["index"] + 1], 1)[:, ::2]
+    x = torch.randn(2, 12, 1 + 12 + 4, dtype=torch.float64).mT.requires_grad_()
+    skip = torch.randn(2, 12, 36, dtype=torch.float64).mT.requires_grad_()
+    results = [
+        token_upsample(x, skip, (5, 7), 2, extra, backend=backend),
+        naive_upsample(x, skip, (5, 7), 2, extra),
+    ]
+    torch.testing.assert_close(*results)
+    for a, b in zip(*(torch.autograd.grad(out.sum(), (x, skip)) for out in results)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(bool(NATIVE_MISSING), reason=str(NATIVE_MISSING))
+@pytest.mark.parametrize("bits", ["128", "256"])
+def test_narrower_vectors_give_the_same(bits):
+    """The variants for processors without this one's widest vectors, in a process of their own."""
+    code = (
+        "import torch; from segvit.ops import token_downsample as down, token_upsample as up; torch.manual_seed(0);"
+        "x = torch.randn(2, 36, 44, requires_grad=True); w = torch.randn(44, requires_grad=True);"
+        "outs = [down(x, w, w, 1e-6, (5, 7), 2, backend=b) for b in ('native', 'reference')];"
+        "outs = [[*o, up(o[2], o[0], (5, 7), 2, backend=b)] for o, b in zip(outs, ('native', 'reference'))];"
+        "grads = [torch.autograd.grad(sum((t * t).sum() for t in o), (x, w)) for o in outs];"
+        "pairs = zip(*(o + list(g) for o, g in zip(outs, grads)));"
+        "[torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3) for a, b in pairs]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"SEGVIT_VECTORS": bits})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("C", [12, 44, 257, 768, 1024, 4096])
+@pytest.mark.parametrize("keep", [2, KEEPS["repeated"]], ids=["stride", "repeated"])
+def test_cuda_kernels_on_a_gpu(dtype, C, keep):
+    """Values and gradients against float64, the same bits twice, for both operators."""
+    exact = [t.detach().to(dtype).double().requires_grad_() for t in inputs(C=C)]
+    want = naive(*exact, 1e-6, (5, 7), keep)
+    upstream = [torch.randn(t.shape).to(dtype) for t in want]
+    want = (*want, *torch.autograd.grad(want, exact, [t.double() for t in upstream]))
+    runs = []
+    for _ in range(2):
+        given = [t.detach().to("cuda", dtype).requires_grad_() for t in exact]
+        index = keep if isinstance(keep, int) else keep.cuda()
+        out = token_downsample(*given, 1e-6, (5, 7), index, backend="native")
+        runs.append((*out, *torch.autograd.grad(out, given, [t.cuda() for t in upstream])))
+    for a, b, expected in zip(*runs, want):
+        assert torch.equal(a, b)
+        error = (a.double().cpu() - expected).norm() / expected.norm()
+        assert error < 4 * torch.finfo(dtype).eps
+    extra = None if isinstance(keep, int) else keep
+    exact = [t.detach().to(dtype).double().requires_grad_() for t in upsample_inputs(C=C, extra=extra)]
+    want = naive_upsample(*exact, (5, 7), 2, extra)
+    upstream = torch.randn(want.shape).to(dtype)
+    given = [t.detach().to("cuda", dtype).requires_grad_() for t in exact]
+    got = token_upsample(*given, (5, 7), 2, None if extra is None else extra.cuda(), backend="native")
+    results = zip(
+        (got, *torch.autograd.grad(got, given, upstream.cuda())),
+        (want, *torch.autograd.grad(want, exact, upstream.double())),
+    )
+    for a, expected in results:
+        assert (a.double().cpu() - expected).norm() / expected.norm() < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.gpu
+def test_cuda_kernels_are_captured_in_a_graph():
+    x, weight, bias = (t.detach().float().cuda() for t in inputs())
+    extra = KEEPS["index"].cuda()
+
+    def there_and_back():
+        y, _, kept = token_downsample(x, weight, bias, 1e-6, (5, 7), 2, backend="native")
+        kept = torch.cat([kept, kept[:, :4]], 1)
+        return token_upsample(kept, y, (5, 7), 2, extra, backend="native")
+
+    want = there_and_back()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = there_and_back()
+    got.zero_()
+    graph.replay()
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(("grid", "stride"), [((5, 7), 2), ((4, 4), 2), ((1, 1), 2), ((3, 5), 4), ((6, 5), 1)])
@@ -185,10 +348,11 @@ def kept_like(full, grid, stride, P):
     return torch.cat([full[:, :P], full[:, stride_index(grid, stride)[0] + P]], 1)
 
 
-def test_upsample_gradcheck():
-    x = torch.randn(2, 1 + 6, 3, dtype=torch.float64, requires_grad=True)
-    skip = torch.randn(2, 1 + 15, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, b: token_upsample(a, b, (3, 5), 2), (x, skip))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_upsample_gradcheck(backend):
+    for extra in (None, torch.tensor([[1, 7, 7], [14, 3, 0]])):
+        leaves = upsample_inputs(grid=(3, 5), C=3, extra=extra)
+        assert torch.autograd.gradcheck(lambda *a, e=extra: token_upsample(*a, (3, 5), 2, e, backend=backend), leaves)
 
 
 @pytest.mark.parametrize("backend", ["library", "reference"])
@@ -222,6 +386,40 @@ def test_bad_input_gets_one_clear_error(call, error, message):
     )
     with pytest.raises(error, match=message):
         token_downsample(**(arguments | call))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (dict(x=torch.zeros(2, 13, 12)), ValueError, r"grid \(5, 7\) and stride 2 ask for x \[B, P \+ 14, C\]"),
+        (dict(skip=torch.zeros(2, 36, 11)), ValueError, "ask for x"),
+        (dict(skip=torch.zeros(2, 36, 12).half()), ValueError, "skip must have one of the dtypes float32"),
+        (dict(skip=torch.zeros(2, 34, 12)), ValueError, "ask for x"),
+        (dict(stride=0), ValueError, "stride must be an integer of at least 1"),
+        (dict(extra=torch.zeros(3, 2, dtype=torch.long)), ValueError, r"extra must be \[B, E\] with B = 2"),
+        (dict(extra=torch.zeros(2, 2)), ValueError, "extra must have one of the dtypes int64"),
+        (dict(extra=torch.full((2, 2), 35)), RuntimeError, r"has the cell 35, but the grid has 35|out of bounds"),
+        (dict(extra=torch.full((2, 2), -1)), RuntimeError, r"has the cell -1|out of bounds"),
+        (dict(backend="tiled"), RuntimeError, "no 'tiled' backend"),
+    ],
+)
+def test_bad_input_of_upsample_gets_one_clear_error(call, error, message):
+    arguments = dict(x=torch.zeros(2, 15, 12), skip=torch.zeros(2, 36, 12), grid=(5, 7), stride=2)
+    arguments["extra"] = torch.zeros(2, 2, dtype=torch.long)
+    with pytest.raises(error, match=message):
+        token_upsample(**(arguments | call))
+
+
+def test_a_missing_library_says_so(monkeypatch):
+    from segvit.ops import token_resample
+
+    monkeypatch.setattr(token_resample, "NATIVE_MISSING", "segvit._C was not built")
+    with pytest.raises(RuntimeError, match=r"the 'native' backend cannot run: segvit\._C was not built"):
+        token_downsample(*inputs(), 1e-6, (5, 7), 2, backend="native")
+    x, skip = upsample_inputs()
+    with pytest.raises(RuntimeError, match=r"segvit\._C was not built"):
+        token_upsample(x, skip, (5, 7), 2, backend="native")
+    token_upsample(x, skip, (5, 7), 2)  # the reference serves
 
 
 @pytest.mark.parametrize("cell", [-1, 35])

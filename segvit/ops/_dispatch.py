@@ -40,20 +40,23 @@ def _ask(reason: str | Callable | None) -> str | None:
     return reason() if callable(reason) else reason
 
 
-def _load_native() -> str | None:
+def _load(library: str, built_with: str) -> str | None:
+    """Why a library of operators is not there; None where it is loaded."""
     try:
-        importlib.import_module("segvit._C")
+        importlib.import_module(library)
     except ModuleNotFoundError:
-        return (
-            "segvit._C was not built (no C++ compiler when segvit was installed); "
-            "install one, for example g++, and run `pip install -e .` again"
-        )
+        return f"{library} was not built: install {built_with}, and run `pip install -e .` again"
     except ImportError as error:
-        return f"segvit._C does not load: {error}"
+        return f"{library} does not load: {error}"
     return None
 
 
-NATIVE_MISSING = _load_native()  # why segvit._C, the C++ library, is not there; None where it is loaded
+NATIVE_MISSING = _load("segvit._C", "a C++ compiler, for example g++")  # None where the CPU's operators are loaded
+CUDA_MISSING = (  # None where the CUDA operators are loaded, which needs no GPU
+    _load("segvit._C_cuda", "CUDA's toolkit with nvcc, whose folder CUDA_HOME names,")
+    if torch.version.cuda
+    else "this PyTorch was built without CUDA"
+)
 
 
 def triton_missing(device: torch.device) -> str | None:

@@ -1,12 +1,14 @@
 """token_resample: the token down- and up-sampling of Shrunk, and the attention of kept tokens to all tokens."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks
-from ._dispatch import NATIVE_MISSING, choose, without_autocast
+from ._dispatch import CUDA_MISSING, NATIVE_MISSING, choose, without_autocast
 from ._library import below_autograd, register
 from .reference import query_attention as reference_attention
 from .reference import token_downsample as reference_downsample
@@ -34,7 +36,7 @@ def token_downsample(
         grid: (h, w).
         keep: a stride s, which keeps rows and columns 0, s, 2s…; or the kept cells as an int64 index [B, M] into the
             grid (0 … h·w − 1, row by row). A cell may repeat: it is copied, and its gradients add up.
-        backend: "native" (C++), "reference", or None for the best that can run.
+        backend: "native" (C++ on the CPU, CUDA on a GPU), "reference", or None for the best that can run.
 
     Returns:
         y [B, P + h·w, C], all tokens normalised; y_q and x_q [B, P + M, C], the prefix and then the kept tokens,
@@ -42,7 +44,8 @@ def token_downsample(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a stride below 1.
-        RuntimeError: a cell outside the grid; a backend that was asked for and cannot run, with the reason.
+        RuntimeError: a cell outside the grid (on a GPU a device-side assertion, as in PyTorch's own indexing); a
+            backend that was asked for and cannot run, with the reason.
     """
     op = "token_downsample"
     grid = _checks.pair(op, "grid", grid)
@@ -65,12 +68,11 @@ def token_downsample(
         op, x=x, norm_weight=norm_weight, norm_bias=norm_bias, keep=keep if isinstance(keep, Tensor) else None
     )
     weight, bias = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
-    name = choose(op, backend, [("native", _native_reason(x)), ("reference", None)])
     with without_autocast(x.device):
-        if name == "reference":
+        if choose(op, backend, _backends(x)) == "reference":
             return reference_downsample(x, weight, bias, eps, grid, keep)
-        cells = stride_index(grid, keep, x.device) if isinstance(keep, int) else keep
-        return torch.ops.segvit.token_downsample(x, weight, bias, cells, eps, prefix)[:3]
+        index, stride = (None, keep) if isinstance(keep, int) else (keep, 1)
+        return torch.ops.segvit.token_downsample(x, weight, bias, index, *grid, stride, eps)[:3]
 
 
 def token_upsample(
@@ -93,14 +95,15 @@ def token_upsample(
         stride: s, of the even grid that was kept.
         extra: int64 cells [B, E] of the grid (0 … h·w − 1, row by row) that were kept beside the even grid. They get
             their own token in place of the interpolation; a cell that is there more than once gets its last.
-        backend: "reference", or None for the best that can run.
+        backend: "native" (C++ on the CPU, CUDA on a GPU), "reference", or None for the best that can run.
 
     Returns:
         [B, P + h·w, C] in x's dtype, with gradients to x and skip.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a stride below 1.
-        RuntimeError: a cell outside the grid; a backend that was asked for and cannot run, with the reason.
+        RuntimeError: a cell outside the grid (on a GPU a device-side assertion, as in PyTorch's own indexing); a
+            backend that was asked for and cannot run, with the reason.
     """
     op = "token_upsample"
     grid = _checks.pair(op, "grid", grid)
@@ -118,8 +121,10 @@ def token_upsample(
         shapes = f"x {tuple(x.shape)} and skip {tuple(skip.shape)}"
         raise ValueError(f"{op}: grid {grid} and stride {stride} ask for x [B, P + {kept}, C], got {shapes}")
     _checks.same_device(op, x=x, skip=skip, extra=extra)
-    choose(op, backend, [("reference", None)])
-    return reference_upsample(x, skip, grid, stride, extra)
+    with without_autocast(x.device):
+        if choose(op, backend, _backends(x)) == "reference":
+            return reference_upsample(x, skip, grid, stride, extra)
+        return torch.ops.segvit.token_upsample(x, skip, extra, *grid, stride)
 
 
 def query_attention(
@@ -162,85 +167,141 @@ def query_attention(
 
 
 def _native_reason(x: Tensor) -> str | None:
-    if x.device.type != "cpu":
-        return f"x is on {x.device.type}; this version has a C++ kernel for the CPU alone"
-    return NATIVE_MISSING
+    """Why the native kernels cannot take x; None where they can."""
+    if x.device.type == "cpu":
+        return NATIVE_MISSING
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type}; the kernels are for the CPU and for CUDA"
+    if x.dtype == torch.float64:
+        return "the CUDA kernels have no float64"
+    return CUDA_MISSING
 
 
-def _downsample(x, weight, bias, index, eps, prefix):
+def _backends(x: Tensor) -> list[tuple[str, str | Callable | None]]:
+    native = ("native", lambda: _native_reason(x))
+    # the CUDA kernels have not been measured against the library on a GPU yet: there they serve who asks for them
+    return [("reference", None), native] if x.device.type == "cuda" else [native, ("reference", None)]
+
+
+def _cells(x: Tensor, index: Tensor | None, height: int, width: int, stride: int) -> Tensor:  # [B, M]
+    return stride_index((height, width), stride, x.device).expand(len(x), -1) if index is None else index
+
+
+def _downsample(x, weight, bias, index, height, width, stride, eps):
     """The operator's body where no native kernel is registered for x's device: the reference, and the statistics."""
-    grid = (x.shape[1] - prefix, 1)
-    y, y_q, x_q = reference_downsample(x, weight, bias, eps, grid, index.expand(x.shape[0], -1))
-    mean, rstd = _statistics(x, eps)
-    return y, y_q, x_q, mean, rstd
-
-
-def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # mean, 1/σ: [B, T] each
+    cells = _cells(x, index, height, width, stride)
+    y, y_q, x_q = reference_downsample(x, weight, bias, eps, (height, width), cells)
     wide = x if x.dtype == torch.float64 else x.float()
     variance, mean = torch.var_mean(wide, -1, correction=0)
-    return mean, (variance + eps).rsqrt()
+    return y, y_q, x_q, mean, (variance + eps).rsqrt()
 
 
-def _downsample_fake(x, weight, bias, index, eps, prefix):
-    kept = x.new_empty((x.shape[0], prefix + index.shape[1], x.shape[2]))
+def _downsample_fake(x, weight, bias, index, height, width, stride, eps):
+    kept = -(-height // stride) * -(-width // stride) if index is None else index.shape[1]
+    y_q = x.new_empty((x.shape[0], x.shape[1] - height * width + kept, x.shape[2]))
     stats = x.new_empty(x.shape[:2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), kept, kept.clone(), stats, stats.clone()
+    return torch.empty_like(x, memory_format=torch.contiguous_format), y_q, y_q.clone(), stats, stats.clone()
 
 
-def _downsample_backward(grad_y, grad_y_q, grad_x_q, x, weight, index, mean, rstd, prefix):
+def _downsample_backward(grad_y, grad_y_q, grad_x_q, x, weight, index, mean, rstd, height, width, stride):
     """The gathered gradients go back to their tokens inside the LayerNorm's backward."""
-    B, _, C = x.shape
-    first = torch.arange(prefix, device=x.device)[None]
-    rows = torch.cat([first.expand(index.shape[0], -1), index + prefix], 1).expand(B, -1)[:, :, None].expand(-1, -1, C)
+    B, T, C = x.shape
+    prefix, dtype = T - height * width, x.dtype
+    first = torch.arange(prefix, device=x.device).expand(B, -1)
+    rows = torch.cat([first, _cells(x, index, height, width, stride) + prefix], 1)[:, :, None].expand(-1, -1, C)
     grad_y, grad_y_q, grad_x_q, x, weight = (t.to(mean.dtype) for t in (grad_y, grad_y_q, grad_x_q, x, weight))
     grad_y = grad_y.scatter_add(1, rows, grad_y_q)
     hat = (x - mean[..., None]) * rstd[..., None]
     g = grad_y * weight
     grad_x = (g - g.mean(-1, keepdim=True) - hat * (g * hat).mean(-1, keepdim=True)) * rstd[..., None]
-    return grad_x.scatter_add(1, rows, grad_x_q), (grad_y * hat).sum((0, 1)), grad_y.sum((0, 1))
+    grads = grad_x.scatter_add(1, rows, grad_x_q), (grad_y * hat).sum((0, 1)), grad_y.sum((0, 1))
+    return tuple(grad.to(dtype) for grad in grads)
 
 
-def _downsample_backward_cast(grad_y, grad_y_q, grad_x_q, x, weight, index, mean, rstd, prefix):
-    grads = _downsample_backward(grad_y, grad_y_q, grad_x_q, x, weight, index, mean, rstd, prefix)
-    return tuple(g.to(x.dtype) for g in grads)
+def _downsample_backward_fake(grad_y, grad_y_q, grad_x_q, x, weight, index, mean, rstd, height, width, stride):
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return grad_x, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-def _downsample_backward_fake(grad_y, grad_y_q, grad_x_q, x, weight, index, mean, rstd, prefix):
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        weight.new_empty(weight.shape),
-        weight.new_empty(weight.shape),
-    )
-
-
-class _Autograd(torch.autograd.Function):
+class _Downsample(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, index, eps, prefix):
-        y, y_q, x_q, mean, rstd = below_autograd(torch.ops.segvit.token_downsample, x, weight, bias, index, eps, prefix)
+    def forward(ctx, x, weight, bias, index, height, width, stride, eps):
+        arguments = x, weight, bias, index, height, width, stride, eps
+        *outputs, mean, rstd = below_autograd(torch.ops.segvit.token_downsample, *arguments)
         ctx.mark_non_differentiable(mean, rstd)
         ctx.save_for_backward(x, weight, index, mean, rstd)
-        ctx.prefix = prefix
-        return y, y_q, x_q, mean, rstd
+        ctx.grid = height, width, stride
+        return *outputs, mean, rstd
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_y_q, grad_x_q, grad_mean, grad_rstd):
         upstream = (grad_y, grad_y_q, grad_x_q)
         with without_autocast(grad_y.device):
-            grads = torch.ops.segvit.token_downsample_backward(*upstream, *ctx.saved_tensors, ctx.prefix)
-        return *grads, None, None, None
+            grads = torch.ops.segvit.token_downsample_backward(*upstream, *ctx.saved_tensors, *ctx.grid)
+        return *grads, None, None, None, None, None
+
+
+def _upsample(x, skip, extra, height, width, stride):
+    """The operator's body where no native kernel is registered for x's device."""
+    return reference_upsample(x, skip, (height, width), stride, extra)
+
+
+def _upsample_fake(x, skip, extra, height, width, stride):
+    return torch.empty_like(skip, memory_format=torch.contiguous_format)
+
+
+def _upsample_backward(grad, extra, height, width, stride):
+    """The transpose of interpolation and of taking the cells of `extra`; in float32 at least, as the kernels do."""
+    wide = grad if grad.dtype == torch.float64 else grad.float()
+    x = torch.zeros_like(_upsample_backward_fake(wide, extra, height, width, stride)).requires_grad_()
+    with torch.enable_grad():
+        out = reference_upsample(x, torch.zeros_like(wide), (height, width), stride, extra)
+    return torch.autograd.grad(out, x, wide)[0].to(grad.dtype)
+
+
+def _upsample_backward_fake(grad, extra, height, width, stride):
+    kept = -(-height // stride) * -(-width // stride) + (0 if extra is None else extra.shape[1])
+    return grad.new_empty((grad.shape[0], grad.shape[1] - height * width + kept, grad.shape[2]))
+
+
+class _Upsample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, skip, extra, height, width, stride):
+        ctx.save_for_backward(extra)
+        ctx.grid = height, width, stride
+        return below_autograd(torch.ops.segvit.token_upsample, x, skip, extra, height, width, stride)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (extra,) = ctx.saved_tensors
+        with without_autocast(grad.device):
+            grad_x = torch.ops.segvit.token_upsample_backward(grad, extra, *ctx.grid)
+        return grad_x, grad, None, None, None, None
 
 
 register(
-    "token_downsample_backward(Tensor grad_y, Tensor grad_y_q, Tensor grad_x_q, Tensor x, Tensor weight, Tensor index, "
-    "Tensor mean, Tensor rstd, int prefix) -> (Tensor, Tensor, Tensor)",
-    _downsample_backward_cast,
+    "token_downsample_backward(Tensor grad_y, Tensor grad_y_q, Tensor grad_x_q, Tensor x, Tensor weight, "
+    "Tensor? index, Tensor mean, Tensor rstd, int height, int width, int stride) -> (Tensor, Tensor, Tensor)",
+    _downsample_backward,
     _downsample_backward_fake,
 )
 register(
-    "token_downsample(Tensor x, Tensor weight, Tensor bias, Tensor index, float eps, int prefix) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "token_downsample(Tensor x, Tensor weight, Tensor bias, Tensor? index, int height, int width, int stride, "
+    "float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _downsample,
     _downsample_fake,
-    _Autograd,
+    _Downsample,
+)
+register(
+    "token_upsample_backward(Tensor grad, Tensor? extra, int height, int width, int stride) -> Tensor",
+    _upsample_backward,
+    _upsample_backward_fake,
+)
+register(
+    "token_upsample(Tensor x, Tensor skip, Tensor? extra, int height, int width, int stride) -> Tensor",
+    _upsample,
+    _upsample_fake,
+    _Upsample,
 )

@@ -1,0 +1,183 @@
+"""The CUDA kernels of token_resample without a GPU: their arithmetic on CPU threads, their machine code, their library.
+
+With a GPU the tests of test_token_resample.py run the real thing.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT
+
+from segvit.ops import token_downsample, token_upsample
+
+LAYOUTS = {  # channels, channels of a pack, packs of a thread, warps of a row
+    "packs": (12, 4, 1, 1),
+    "three packs, two warps": (516, 4, 3, 2),
+    "four warps": (1532, 4, 3, 4),
+    "odd": (7, 1, 16, 1),
+    "odd, two warps": (517, 1, 16, 2),
+}
+KEEPS = {
+    "stride 2": 2,
+    "stride 4": 4,
+    "index": torch.tensor([[0, 14, 7, 8], [5, 4, 3, 13]]),
+    "repeated": torch.tensor([[3, 3, 3, 1], [0, 1, 0, 1]]),
+}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """The kernels compiled for CPU threads."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    out = tmp_path_factory.mktemp("cuda") / "kernels.so"
+    from torch.utils.cpp_extension import include_paths
+
+    folders = [f"-I{folder}" for folder in include_paths()]
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas"]
+    command = [compiler, *flags, *folders, str(ROOT / "tests" / "cuda_on_cpu.cpp"), "-o", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return ctypes.CDLL(str(out))
+
+
+def pointer(t):
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def pointers(*tensors):
+    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+
+
+def ints(*values):
+    return (ctypes.c_int * len(values))(*values)
+
+
+def linked(kernels, index, prefix, tokens):
+    """head and last [B, tokens] and next [B, prefix + M] of an index, or None."""
+    if index is None:
+        return None
+    lists = torch.zeros(len(index) * (2 * tokens + prefix + index.shape[1]), dtype=torch.int32)
+    kernels.link_places(pointer(index), len(index), prefix, index.shape[1], tokens, pointer(lists))
+    return lists
+
+
+def close(got, want, dtype):
+    """Equal to the float32 reference of the same numbers, but for one rounding to the kernel's dtype."""
+    torch.testing.assert_close(got.float(), want.detach(), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layout", "keep", "prefix"),
+    [(name, "stride 2", 1) for name in LAYOUTS]
+    + [("packs", "stride 4", 0), ("packs", "index", 2), ("packs", "repeated", 1), ("odd, two warps", "repeated", 0)],
+)
+def test_downsample_kernels_on_cpu_threads(kernels, dtype, layout, keep, prefix):
+    C, vec, packs, warps = LAYOUTS[layout]
+    B, grid, keep, blocks = 2, (3, 5), KEEPS[keep], 2
+    T = prefix + 15
+    leaves = [torch.randn(shape).to(dtype) for shape in ((B, T, C), (C,), (C,))]
+    exact = [t.float().requires_grad_() for t in leaves]
+    want = token_downsample(*exact, 1e-6, grid, keep, backend="reference")
+    upstream = [torch.randn(t.shape).to(dtype) for t in want]
+    want_grads = torch.autograd.grad(want, exact, [t.float() for t in upstream])
+    even = isinstance(keep, int)
+    stride, low_width = (keep, -(-5 // keep)) if even else (1, 5)
+    kept = want[1].shape[1] - prefix
+    out, grads = ([torch.full_like(t, torch.nan, dtype=dtype) for t in group] for group in (want, leaves))
+    mean, rstd = torch.empty(B, T), torch.empty(B, T)
+    lists = linked(kernels, None if even else keep, prefix, T)
+    partial = torch.full((blocks, 2, C), torch.nan)
+    name = "downsample_f32" if dtype == torch.float32 else "downsample_bf16"
+    getattr(kernels, name)(
+        *(pointer(t) for t in leaves),
+        pointers(*upstream),
+        ints(prefix, 5, stride, low_width, kept, T),
+        pointer(lists),
+        B,
+        C,
+        ctypes.c_float(1e-6),
+        vec,
+        packs,
+        warps,
+        blocks,
+        pointers(*out),
+        pointer(mean),
+        pointer(rstd),
+        pointer(partial),
+        pointers(*grads),
+    )
+    for got, expected in zip((*out, *grads), (*want, *want_grads)):
+        close(got, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("C", "vec"), [(12, 4), (7, 1), (260, 4)])
+@pytest.mark.parametrize("stride", [1, 2, 3, 9])
+@pytest.mark.parametrize("extra", [None, [[1, 7, 7], [14, 3, 0]]], ids=["even", "extra"])
+def test_upsample_kernels_on_cpu_threads(kernels, dtype, C, vec, stride, extra):
+    B, P, h, w = 2, 1, 3, 5
+    extra = None if extra is None else torch.tensor(extra)
+    low = -(-h // stride), -(-w // stride)
+    E = 0 if extra is None else extra.shape[1]
+    x, skip = (torch.randn(B, P + n, C).to(dtype) for n in (low[0] * low[1] + E, h * w))
+    exact = x.float().requires_grad_()
+    want = token_upsample(exact, skip.float(), (h, w), stride, extra, backend="reference")
+    upstream = torch.randn_like(want).to(dtype)
+    (want_grad,) = torch.autograd.grad(want, exact, upstream.float())
+    out, grad = torch.full_like(skip, torch.nan), torch.full_like(x, torch.nan)
+    lists = linked(kernels, extra, 0, h * w)
+    getattr(kernels, "upsample_f32" if dtype == torch.float32 else "upsample_bf16")(
+        *(pointer(t) for t in (x, skip, upstream)),
+        ints(P, h, w, stride, *low, E),
+        pointer(None if lists is None else lists[B * h * w :]),
+        pointer(extra),
+        B,
+        C,
+        vec,
+        3,
+        pointer(out),
+        pointer(grad),
+    )
+    close(out, want, dtype)
+    close(grad, want_grad, dtype)
+
+
+@pytest.fixture(scope="module")
+def library():
+    found = list((ROOT / "segvit").glob("_C_cuda*.so"))
+    if not found:
+        pytest.skip("segvit._C_cuda was not built: no CUDA toolkit that fits PyTorch")
+    return found[0]
+
+
+def test_no_kernel_spills_on_any_architecture(library):
+    triton = pytest.importorskip("triton")
+    tool = f"{triton.__path__[0]}/backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", library], capture_output=True, text=True, check=True).stdout
+    functions = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+    assert len({name for name, *_ in functions}) > 40
+    assert not [f for f in functions if int(f[2])]
+    code = subprocess.run([tool, "-sass", library], capture_output=True, text=True, check=True).stdout
+    assert "LDG.E.128" in code
+    assert not re.search(r"\b(LDL|STL)\b", code)
+
+
+@pytest.mark.parametrize("name", ["_C", "_C_cuda"])
+def test_libraries_ask_for_the_stable_abi_alone(name):
+    """Nothing of LibTorch's C++ is in what the dynamic linker must find, so any torch from 2.10 on will do."""
+    found = list((ROOT / "segvit").glob(f"{name}.*.so"))
+    if not found or not shutil.which("nm"):
+        pytest.skip(f"segvit.{name} was not built here, or there is no nm")
+    command = ["nm", "-D", "--undefined-only", "-C", found[0]]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    names = [line.strip().split(" ", 1)[-1] for line in listing]
+    strange = [name for name in names if re.match(r"(c10|at|torch)::", name)]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    assert not strange
