@@ -54,7 +54,7 @@ def test_token_downsample(keep):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shrink", [None, "v1"])
+@pytest.mark.parametrize("shrink", [None, "v1", "light", "edge"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_model_loss_and_prediction(shrink, compiled):
     kwargs = {"depth": 6, "embed_dim": 64, "num_heads": 2}

@@ -8,6 +8,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import segvit
+from segvit.losses import mixed_patches
 from segvit.ops import mask_loss
 
 
@@ -123,23 +124,69 @@ def test_compiles_in_one_graph_and_agrees():
         torch.testing.assert_close(a, b)
 
 
+SIZES = [  # of labels, grid, extent
+    ((64, 96), (4, 6), None),
+    ((70, 98), (5, 7), (70 / 16, 98 / 16)),
+    ((33, 20), (3, 2), (33 / 16, 20 / 16)),
+    ((100, 90), (5, 7), (4.5, 6.2)),
+]
+
+
+@pytest.mark.parametrize(("size", "grid", "extent"), SIZES)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_mixed_patches_are_those_with_two_classes(size, grid, extent, dtype):
+    labels = torch.ones(2, *size, dtype=dtype)
+    labels[torch.rand(labels.shape) < 0.01] = 2
+    labels[:, : size[0] // 2][torch.rand(2, size[0] // 2, size[1]) < 0.3] = 255
+    labels[1, : size[0] // 4 + 1] = 255
+    mixed, seen = mixed_patches(labels, labels != 255, grid, extent)
+    rows, columns = ((torch.arange(n) + 0.5) * covered / n for n, covered in zip(size, extent or grid))
+    for b in range(2):
+        for i in range(grid[0]):
+            for j in range(grid[1]):
+                patch = labels[b][rows.long() == i][:, columns.long() == j]
+                classes = set(patch.flatten().tolist()) - {255}
+                assert bool(mixed[b, i, j]) == (len(classes) > 1)
+                assert bool(seen[b, i, j]) == (len(classes) > 0)
+    assert mixed.any()
+    assert not seen.all()
+
+
+def test_edge_loss_is_the_mean_over_patches_that_count():
+    out, labels = outputs(), labelled()
+    plain = segvit.ATMLoss(4).double()(out, labels)
+    assert plain.edge is None
+    out.edge_logits = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    losses = segvit.ATMLoss(4, edge_weight=3.0).double()(out, labels)
+    mixed, seen = mixed_patches(labels, labels < 4, (5, 6))
+    want = F.binary_cross_entropy_with_logits(out.edge_logits[seen], mixed[seen].double())
+    torch.testing.assert_close(losses.edge, 3 * want)
+    torch.testing.assert_close(losses.total, plain.total + losses.edge)
+    (grad,) = torch.autograd.grad(losses.total, out.edge_logits)
+    assert (grad[~seen] == 0).all()
+    nothing = segvit.ATMLoss(4).double()(out, torch.full_like(labels, 255))
+    assert nothing.edge == 0
+    assert (torch.autograd.grad(nothing.total, out.edge_logits)[0] == 0).all()
+
+
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-def _rank(rank: int, port: int, class_logits, mask_logits, labels, results) -> None:
+def _rank(rank: int, port: int, class_logits, mask_logits, edge_logits, labels, results) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
         mine = slice(2 * rank, 2 * rank + 2)
         out = SimpleNamespace(
             class_logits=class_logits[:, mine].clone().requires_grad_(),
             mask_logits=mask_logits[:, mine].clone().requires_grad_(),
+            edge_logits=edge_logits[mine].clone().requires_grad_(),
         )
         total = segvit.ATMLoss(4).double()(out, labels[mine]).total
         total.backward()
-        results[rank] = (total.detach(), out.class_logits.grad, out.mask_logits.grad)
+        results[rank] = (total.detach(), out.class_logits.grad, out.mask_logits.grad, out.edge_logits.grad)
     finally:
         dist.destroy_process_group()
 
@@ -148,6 +195,7 @@ def _rank(rank: int, port: int, class_logits, mask_logits, labels, results) -> N
 def test_two_processes_average_to_the_loss_of_the_joint_batch(labelled_images):
     """DDP averages gradients: half the sum of the ranks' gradients must be the joint batch's gradient."""
     out = outputs(B=4)
+    out.edge_logits = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 3, (4, 20, 24))
     labels[0] = 0  # ranks with unequal numbers of classes
     labels[labelled_images:] = 255
@@ -155,12 +203,13 @@ def test_two_processes_average_to_the_loss_of_the_joint_batch(labelled_images):
     joint.backward()
     with mp.Manager() as manager:
         results = manager.dict()
-        arguments = (_free_port(), out.class_logits.detach(), out.mask_logits.detach(), labels, results)
-        mp.spawn(_rank, arguments, nprocs=2)
-        totals, class_grads, mask_grads = zip(*(results[rank] for rank in (0, 1)))
+        leaves = (out.class_logits.detach(), out.mask_logits.detach(), out.edge_logits.detach())
+        mp.spawn(_rank, (_free_port(), *leaves, labels, results), nprocs=2)
+        totals, class_grads, mask_grads, edge_grads = zip(*(results[rank] for rank in (0, 1)))
         torch.testing.assert_close(sum(totals) / 2, joint.detach())
         torch.testing.assert_close(torch.cat(class_grads, 1) / 2, out.class_logits.grad)
         torch.testing.assert_close(torch.cat(mask_grads, 1) / 2, out.mask_logits.grad)
+        torch.testing.assert_close(torch.cat(edge_grads) / 2, out.edge_logits.grad)
 
 
 @pytest.mark.parametrize(
@@ -176,11 +225,13 @@ def test_two_processes_average_to_the_loss_of_the_joint_batch(labelled_images):
         ({"num_classes": 5}, {}, r"out.class_logits must be \[S, B, 5, 6\]"),
         ({}, {"mask_logits": torch.zeros(2, 3, 5, 4, 4)}, r"out.mask_logits must be \[S, B, N, h, w\]"),
         ({}, {"labels": torch.zeros(3, 20, 24, dtype=torch.long, device="meta")}, "labels are on meta"),
+        ({}, {"edge_logits": torch.zeros(2, 5, 6)}, r"out.edge_logits must be \[B, h, w\] with B = 3"),
     ],
 )
 def test_bad_input_gets_one_clear_error(build, call, message):
     out = outputs(dtype=torch.float32)
     out.mask_logits = call.pop("mask_logits", out.mask_logits)
+    out.edge_logits = call.pop("edge_logits", None)
     with pytest.raises(ValueError, match=message):
         segvit.ATMLoss(**({"num_classes": 4} | build))(out, call.get("labels", labelled()))
 

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import segvit
+from segvit.losses import mixed_patches
 from segvit.models.backbone import Backbone
-from segvit.models.shrunk import query_downsample
+from segvit.models.shrunk import EdgeSelector, query_downsample
+from segvit.ops.reference.token_resample import stride_index
 
 SMALL = {"embed_dim": 64, "depth": 6, "num_heads": 2}
 FAMILIES = {  # made small, with random weights
@@ -76,13 +78,98 @@ def test_down_sampling_by_one_is_the_plain_block(family):
         arguments = backbone._block_arguments(position, 2)
         want = backbone.model.blocks[2](x, **arguments)
         torch.testing.assert_close(query_downsample(backbone.model.blocks[2], x, grid, 1, **arguments), want)
+        prefix, cells = backbone.model.num_prefix_tokens, grid[0] * grid[1]
+        order = torch.stack([torch.randperm(cells), torch.arange(cells)])  # another of every image
+        shuffled = query_downsample(backbone.model.blocks[2], x, grid, order, **arguments)
+        rows = order[:, :, None].expand(-1, -1, x.shape[-1])
+        torch.testing.assert_close(shuffled[:, prefix:], want[:, prefix:].gather(1, rows))
+        torch.testing.assert_close(shuffled[:, :prefix], want[:, :prefix])
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "BEiT v2"])
+def test_edge_aware_down_sampling_of_all_tokens_is_the_plain_backbone(family):
+    """With every cell in the budget nothing is dropped: later blocks see the same tokens in another order."""
+    name, kwargs = FAMILIES[family]
+    backbone = Backbone(name, (1, 5), shrink=True, shrink_at=2, **kwargs).eval()
+    images = torch.randn(2, 3, 70, 98)
+    with torch.no_grad():
+        features = backbone(images, EdgeSelector(64, 1.0))
+        grid = features.grids[0]
+        even = stride_index(grid, 2).expand(2, -1)
+        cells = torch.cat([even, features.extra], 1)
+        assert torch.equal(cells.sort(1).values, torch.arange(grid[0] * grid[1]).expand(2, -1))
+        backbone.shrink_at = None
+        want = backbone(images).tokens[1].gather(1, cells[:, :, None].expand(-1, -1, 64))
+    torch.testing.assert_close(features.tokens[1], want)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 1), (3, 5), (12, 16)])
+@pytest.mark.parametrize("budget", [0.01, 0.125, 1.0])
+def test_edge_tokens_are_the_likeliest_and_none_lies_on_the_even_grid(grid, budget):
+    select = EdgeSelector(8, budget)
+    logits, chosen = select(torch.randn(3, grid[0] * grid[1], 8), grid)
+    assert logits.shape == (3, *grid)
+    free = torch.ones(grid, dtype=torch.bool)
+    free[::2, ::2] = False
+    assert chosen.shape == (3, min(round(budget * free.numel()), int(free.sum())))
+    for b in range(3):
+        assert len(chosen[b].unique()) == chosen.shape[1]
+        assert free.flatten()[chosen[b]].all()
+        others = free.flatten().clone()
+        others[chosen[b]] = False
+        if others.any() and chosen.shape[1]:
+            assert logits[b].flatten()[chosen[b]].min() >= logits[b].flatten()[others].max()
+
+
+def test_the_edge_head_learns_where_classes_meet():
+    """A few steps on one picture: the tokens that are kept are the patches that hold both classes."""
+    torch.manual_seed(0)
+    labels = torch.zeros(1, 128, 128, dtype=torch.long)
+    labels[:, 40:, 72:] = 1
+    images = torch.randn(1, 3, 128, 128) * 0.1 + labels[:, None]
+    model = tiny(2, image_size=128, shrink="edge")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss = segvit.ATMLoss(2)
+    edges = []
+    for _ in range(60):
+        terms = loss(model(images), labels)
+        edges.append(terms.edge.item())
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+    assert edges[-1] < 0.2 * edges[0]
+    truth, _ = mixed_patches(labels, labels >= 0, (8, 8))
+    kept = model.eval().features(images).extra[0]
+    free = truth.clone()
+    free[:, ::2, ::2] = False
+    found = truth[0].flatten()[kept].sum()
+    assert found >= 0.9 * min(len(kept), free.sum())
+
+
+def test_the_edge_head_learns_in_front_of_a_frozen_backbone():
+    model = tiny(shrink="edge", freeze_backbone=True)
+    segvit.ATMLoss(5)(model(torch.randn(2, 3, 64, 64)), torch.randint(0, 5, (2, 64, 64))).total.backward()
+    assert all(p.grad is not None for p in model.select.parameters())
+    assert all(p.grad is None for p in model.backbone.parameters())
+
+
+def test_light_and_edge_say_nothing_at_any_size():
+    for shrink in ("light", "edge"):
+        model = tiny(shrink=shrink).eval()
+        for size in ((16, 16), (1, 40), (150, 47), (96, 128)):
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("error")
+                out = model(torch.randn(1, 3, *size))
+            assert out.mask_logits.shape[-2:] == tuple(-(-side // 16) for side in size)
+            assert segvit.predict(model, torch.randn(1, 3, *size)).shape == (1, *size)
 
 
 @pytest.mark.parametrize("family", ["AugReg", *ROTARY, "DINOv2 with registers", "SigLIP"])
 @pytest.mark.parametrize("size", [(96, 96), (70, 98)])
-def test_shrunk_runs_on_every_family_at_odd_grids(family, size):
+@pytest.mark.parametrize("shrink", ["v1", "light", "edge"])
+def test_shrunk_runs_on_every_family_at_odd_grids(family, size, shrink):
     name, kwargs = FAMILIES[family]
-    model = tiny(backbone=name, shrink="v1", backbone_kwargs=kwargs, image_size=112)
+    model = tiny(backbone=name, shrink=shrink, backbone_kwargs=kwargs, image_size=112)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = model(torch.randn(2, 3, *size))
@@ -91,6 +178,7 @@ def test_shrunk_runs_on_every_family_at_odd_grids(family, size):
     assert out.mask_logits.shape == (3, 2, 5, *grid)
     features = model.features(torch.randn(1, 3, *size))
     assert features.grids == [grid, tuple(-(-n // 2) for n in grid)]
+    assert (out.edge_logits is None) == (features.extra is None) == (shrink != "edge")
     segvit.ATMLoss(5)(out, torch.randint(0, 5, (2, *size))).total.backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -188,8 +276,9 @@ def test_a_frozen_backbone_keeps_still():
     assert {id(p) for p in grouped} == {id(p) for p in model.decoder.parameters()}
 
 
-def test_parameter_groups_hold_every_parameter_once():
-    model = tiny(shrink="v1")
+@pytest.mark.parametrize("shrink", ["v1", "light", "edge"])
+def test_parameter_groups_hold_every_parameter_once(shrink):
+    model = tiny(shrink=shrink)
     groups = model.parameter_groups(lr=1.0, weight_decay=0.5, decoder_lr=7.0)
     everything = [p for group in groups for p in group["params"]]
     assert len(everything) == len({id(p) for p in everything}) == len(list(model.parameters()))
@@ -199,7 +288,7 @@ def test_parameter_groups_hold_every_parameter_once():
     assert id(model.upsample.projections[0][1].weight) not in norms
 
 
-@pytest.mark.parametrize("shrink", [None, "v1"])
+@pytest.mark.parametrize("shrink", [None, "v1", "light", "edge"])
 def test_saving_and_loading_gives_the_same_model(tmp_path, shrink):
     model = tiny(3, class_names=["sky", "road", "tree"], shrink=shrink, decoder_layers=2).eval()
     model.save_pretrained(tmp_path / "model")
@@ -251,7 +340,7 @@ def test_normalisation_comes_with_the_backbone():
 
 def test_the_whole_model_compiles_in_one_graph():
     torch._dynamo.reset()
-    for model in (tiny(), tiny(backbone="vit_small_patch16_dinov3"), tiny(shrink="v1")):
+    for model in (tiny(), tiny(backbone="vit_small_patch16_dinov3"), tiny(shrink="v1"), tiny(shrink="edge")):
         images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 5, (2, 64, 64))
         loss = segvit.ATMLoss(5)
         step = torch.compile(
@@ -262,7 +351,7 @@ def test_the_whole_model_compiles_in_one_graph():
         total.backward()
 
 
-@pytest.mark.parametrize("shrink", [None, "v1"])
+@pytest.mark.parametrize("shrink", [None, "v1", "light", "edge"])
 def test_autocast_trains_and_gives_float32_outputs(shrink):
     """Backward inside the autocast region too: some loops have it there."""
     model = tiny(shrink=shrink)
@@ -283,6 +372,7 @@ def test_autocast_trains_and_gives_float32_outputs(shrink):
         ({"out_indices": (1, 9)}, "out_indices must be ascending block numbers from 0 to 5"),
         ({"out_indices": (3, 1)}, "out_indices must be ascending"),
         ({"shrink": "v3"}, 'shrink must be None, "v1", "light" or "edge"'),
+        ({"shrink": "edge", "edge_budget": 0}, r"edge_budget must be in \(0, 1\], got 0"),
         ({"shrink": "v1", "shrink_at": 6}, "shrink_at must be a block number from 1 to 5"),
         ({"shrink": "v1", "out_indices": (1, 3, 5)}, "out_indices must be one block before shrink_at"),
         ({"decoder_heads": 3}, "decoder_heads must divide decoder_dim, got 3 and 32"),

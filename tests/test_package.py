@@ -114,3 +114,37 @@ def test_no_compiler_installs_without_the_library_and_a_failing_one_is_an_error(
 
     failing = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CXX": str(broken)}, cwd=ROOT)
     assert failing.returncode != 0
+
+
+@pytest.mark.slow
+def test_one_build_serves_another_torch(tmp_path):
+    """The operators' library, built with this torch, loads in another one and gives the same numbers there."""
+    import torch
+
+    from segvit.ops._dispatch import NATIVE_MISSING
+
+    version = os.environ.get("SEGVIT_OTHER_TORCH")
+    if not version or NATIVE_MISSING:
+        pytest.skip(NATIVE_MISSING or "SEGVIT_OTHER_TORCH names no version to install beside this one, such as 2.13.0")
+    assert not torch.__version__.startswith(version)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path, f"torch=={version}"]
+    subprocess.run(pip, check=True)
+    code = (
+        "import torch, segvit.ops as ops; from segvit.ops._dispatch import NATIVE_MISSING; assert not NATIVE_MISSING;"
+        "torch.manual_seed(0); x = torch.randn(2, 36, 44, requires_grad=True); w = torch.ones(44);"
+        "y, _, kept = ops.token_downsample(x, w, w, 1e-6, (5, 7), 2, backend='native');"
+        "up = ops.token_upsample(kept, y, (5, 7), 2, backend='native'); up.square().sum().backward();"
+        "labels = ops.mask_decode(torch.randn(1, 3, 4, 5), torch.rand(1, 3, 3), (30, 40), backend='native');"
+        "print(torch.__version__, up.double().sum().item(), x.grad.double().norm().item(), labels.long().sum().item())"
+    )
+    texts = []
+    for first in ([], [str(tmp_path)]):
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([*first, str(ROOT)])}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        texts.append(done.stdout.split())
+    (here, *ours), (there, *theirs) = texts
+    assert here == torch.__version__
+    assert there.startswith(version)
+    for a, b in zip(ours, theirs):
+        assert float(a) == pytest.approx(float(b), rel=1e-5)
