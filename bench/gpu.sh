@@ -18,7 +18,7 @@ step() { # name, command…: log it, and go on after a failure
     step build "$python" -m pip install --quiet --no-build-isolation --no-deps --editable .
     step environment "$python" -m segvit env
     SEGVIT_REQUIRE_EXT=1 step tests "$python" -m pytest -q -m gpu
-    for bench in bench/*_kernel.py bench/inference.py bench/train_step.py; do
+    for bench in bench/*_kernel.py bench/inference.py bench/shrunk.py bench/train_step.py; do
         step "$(basename "$bench" .py)" "$python" "$bench" --out "$out"
     done
 } 2>&1 | tee "$out/gpu.log"

@@ -138,7 +138,7 @@ def test_mixed_patches_are_those_with_two_classes(size, grid, extent, dtype):
     labels = torch.ones(2, *size, dtype=dtype)
     labels[torch.rand(labels.shape) < 0.01] = 2
     labels[:, : size[0] // 2][torch.rand(2, size[0] // 2, size[1]) < 0.3] = 255
-    labels[1, : size[0] // 4 + 1] = 255
+    labels[1, : size[0] // grid[0] + 5] = 255  # the first row of patches, and more
     mixed, seen = mixed_patches(labels, labels != 255, grid, extent)
     rows, columns = ((torch.arange(n) + 0.5) * covered / n for n, covered in zip(size, extent or grid))
     for b in range(2):
