@@ -425,7 +425,7 @@ def _env(arguments) -> None:
 
     import torch
 
-    from segvit.ops._dispatch import NATIVE_MISSING
+    from segvit.ops._dispatch import CUDA_MISSING, NATIVE_MISSING
 
     def installed(package: str) -> str:
         try:
@@ -441,6 +441,7 @@ def _env(arguments) -> None:
         "cpu threads": torch.get_num_threads(),
         "gpu": gpu,
         "segvit._C": NATIVE_MISSING or "loaded",
+        "segvit._C_cuda": CUDA_MISSING or "loaded",
         "SEGVIT_KERNELS": os.environ.get("SEGVIT_KERNELS", "auto"),
     }
     lines |= {name: installed(name) for name in ("torch", "timm", "triton", "torchvision", "numpy", "accelerate")}

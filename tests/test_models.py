@@ -429,6 +429,16 @@ def test_published_models_cost_what_the_paper_says():
         assert infos[name].params_m == pytest.approx(params, rel=0.002), name
 
 
+def test_light_and_edge_cost_what_was_promised():
+    """Half of the full model at ViT-L 640, and with an eighth of the tokens kept at edges 42 percent less."""
+    infos = {info.name: info for info in segvit.list_models()}
+    assert infos["segvit_large_light_ade20k_640"].gmac <= 318.5
+    assert infos["segvit_large_edge_ade20k_640"].gmac <= 368
+    for size in ("base_{}_ade20k_512", "large_{}_ade20k_640"):
+        light, edge = (infos["segvit_" + size.format(kind)].gmac for kind in ("light", "edge"))
+        assert light < edge < infos["segvit_" + size.replace("_{}", "").format()].gmac
+
+
 def test_modern_models_are_listed_with_licences():
     modern = [info.to_dict() for info in segvit.list_models() if not info.published]
     assert len(modern) >= 8

@@ -1,4 +1,4 @@
-"""Models by name: the paper's seven, and modern backbones of timm."""
+"""Models by name: the paper's seven, our Shrunk ones, and modern backbones of timm."""
 
 import difflib
 import functools
@@ -67,6 +67,14 @@ _PUBLISHED = {
     "segvit_large_pascal_context_480": _LARGE | {"image_size": 480, "num_classes": 60},
     "segvit_large_shrunk_pascal_context_480": _SHRUNK | {"image_size": 480, "num_classes": 60},
 }
+_OURS = {  # Shrunk with our own up-sampling, and with edge tokens
+    "segvit_base_light_ade20k_512": _BASE
+    | {"out_indices": None, "image_size": 512, "num_classes": 150, "shrink": "light"},
+    "segvit_base_edge_ade20k_512": _BASE
+    | {"out_indices": None, "image_size": 512, "num_classes": 150, "shrink": "edge"},
+    "segvit_large_light_ade20k_640": _SHRUNK | {"image_size": 640, "num_classes": 150, "shrink": "light"},
+    "segvit_large_edge_ade20k_640": _SHRUNK | {"image_size": 640, "num_classes": 150, "shrink": "edge"},
+}
 _MODERN = {
     "segvit_tiny_augreg_512": ("vit_tiny_patch16_384.augreg_in21k_ft_in1k", 512),
     "segvit_small_dinov3_512": ("vit_small_patch16_dinov3.lvd1689m", 512),
@@ -87,7 +95,8 @@ def _infos() -> dict[str, ModelInfo]:
         ModelInfo(name, False, {"backbone": backbone, "image_size": size, "num_classes": 150})
         for name, (backbone, size) in _MODERN.items()
     ]
-    return {info.name: info for info in (*published, *modern)}
+    ours = [ModelInfo(name, False, _OFFICIAL | arguments) for name, arguments in _OURS.items()]
+    return {info.name: info for info in (*published, *ours, *modern)}
 
 
 @functools.cache
@@ -99,7 +108,9 @@ def _measured(name: str) -> tuple[int, int]:
 
 
 def list_models() -> list[ModelInfo]:
-    """The paper's seven models, then modern backbones, with image_size, num_classes, gmac, params_m and licence.
+    """The paper's seven models, ours of less cost, then modern backbones.
+
+    Each has image_size, num_classes, gmac, params_m and licence.
 
     The weights that `create_model(name, pretrained=True)` loads are the backbone's, under `licence`. The authors'
     trained checkpoints have a non-commercial licence of their own; `segvit.from_official` loads them.

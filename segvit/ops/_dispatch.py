@@ -45,7 +45,7 @@ def _load(library: str, built_with: str) -> str | None:
     try:
         importlib.import_module(library)
     except ModuleNotFoundError:
-        return f"{library} was not built: install {built_with}, and run `pip install -e .` again"
+        return f"{library} was not built; install {built_with} and run `pip install -e .` again"
     except ImportError as error:
         return f"{library} does not load: {error}"
     return None
@@ -53,7 +53,7 @@ def _load(library: str, built_with: str) -> str | None:
 
 NATIVE_MISSING = _load("segvit._C", "a C++ compiler, for example g++")  # None where the CPU's operators are loaded
 CUDA_MISSING = (  # None where the CUDA operators are loaded, which needs no GPU
-    _load("segvit._C_cuda", "CUDA's toolkit with nvcc, whose folder CUDA_HOME names,")
+    _load("segvit._C_cuda", "the CUDA toolkit that PyTorch was built for (CUDA_HOME names its folder)")
     if torch.version.cuda
     else "this PyTorch was built without CUDA"
 )
