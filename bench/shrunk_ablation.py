@@ -16,7 +16,7 @@ from pathlib import Path
 
 import harness
 
-VARIANTS = ("full", "v1", "light", "edge")
+VARIANTS = ("full", "light", "edge", "v1")
 BACKBONE = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 TRAIN = ["--backbone", BACKBONE, "--crop", "[192,256]", "--batch_size", "8", "--mode", "slide"]
 

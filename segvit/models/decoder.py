@@ -85,16 +85,26 @@ class ATMDecoder(nn.Module):
         num_heads: attention heads; dim / 32 in the paper.
         num_layers: layers a stage.
         num_stages: features to attend to; 0 means one feature that is already C' wide, with an output (not cumulative)
-            after every layer, as behind Shrunk's QU.
+            after every layer, as behind Shrunk v1's QU.
         dropout: of attention weights, residuals and FFN.
+        project: whether features are C wide, and projected and normalised here; else they are C' wide.
     """
 
     def __init__(
-        self, in_dim: int, dim: int, num_classes: int, num_heads: int, num_layers: int, num_stages: int, dropout: float
+        self,
+        in_dim: int,
+        dim: int,
+        num_classes: int,
+        num_heads: int,
+        num_layers: int,
+        num_stages: int,
+        dropout: float,
+        project: bool = True,
     ):
         super().__init__()
         self.queries = nn.Parameter(torch.empty(num_classes, dim))
-        self.projections = nn.ModuleList(FeatureProjection(in_dim, dim) for _ in range(num_stages))
+        self.projections = nn.ModuleList(FeatureProjection(in_dim, dim) for _ in range(num_stages if project else 0))
+        self.cascade = num_stages > 0
         stages = max(num_stages, 1)
         self.stages = nn.ModuleList(DecoderStage(dim, num_heads, num_layers, dropout) for _ in range(stages))
         self.class_embed = nn.Linear(dim, num_classes + 1)
@@ -104,15 +114,19 @@ class ATMDecoder(nn.Module):
         """features, shallow to deep: [B, L, C] each. Returns class logits [S, B, N, K+1], mask logits [S, B, N, L]."""
         x = self.queries.expand(features[0].shape[0], -1, -1)
         queries, masks, mask = [], [], None
-        if not self.projections:
-            for layer, k, v in self.stages[0].layer_inputs(features[0]):
+        deep_first = [*reversed(features)]
+        if self.projections:
+            deep_first = [project(tokens) for project, tokens in zip(self.projections, deep_first)]
+        if self.cascade:
+            for stage, tokens in zip(self.stages, deep_first):
+                x, mask = stage(x, tokens, with_mask=True, carry=mask)
+                queries.append(x)
+                masks.append(mask)
+        else:
+            for layer, k, v in self.stages[0].layer_inputs(deep_first[0]):
                 x, mask = layer(x, k, v, with_mask=True)
                 queries.append(x)
                 masks.append(mask)
-        for project, stage, tokens in zip(self.projections, self.stages, reversed(features)):
-            x, mask = stage(x, project(tokens), with_mask=True, carry=mask)
-            queries.append(x)
-            masks.append(mask)
         class_logits = self.class_embed(torch.stack(queries))
         exact = class_logits if class_logits.dtype == torch.float64 else class_logits.float()
         return exact, torch.stack(masks)

@@ -142,13 +142,13 @@ class SegViT(
             if shrink == "v1":
                 self.upsample = QueryUpsample(width, dim, heads, decoder_layers, self.backbone.grid, dropout)
             else:
-                self.upsample = LightUpsample(width, dim, dropout)
+                self.upsample = LightUpsample(width, dim)
             init_decoder(self.upsample)
             if shrink == "edge":
                 self.select = EdgeSelector(width, edge_budget)
                 init_decoder(self.select)
-        stages = 0 if shrink else len(self.backbone.out_indices)
-        self.decoder = ATMDecoder(width, dim, num_classes, heads, decoder_layers, stages, dropout)
+        stages = 0 if shrink == "v1" else len(self.backbone.out_indices)
+        self.decoder = ATMDecoder(width, dim, num_classes, heads, decoder_layers, stages, dropout, project=not shrink)
         init_decoder(self.decoder)
         self._set_normalisation(mean, std, in_chans)
         if getattr(self, "_hub_mixin_config", None):  # a saved model brings its own weights
@@ -205,10 +205,8 @@ class SegViT(
         features = self.backbone(images, self.select)
         h, w = features.grids[0]
         tokens = features.tokens
-        if isinstance(self.upsample, LightUpsample):
-            tokens = [self.upsample(tokens, (h, w), features.extra)]
-        elif self.upsample is not None:
-            tokens = [self.upsample(tokens, (h, w))]
+        if self.upsample is not None:
+            tokens = self.upsample(tokens, (h, w), features.extra)
         class_logits, mask_logits = self.decoder(tokens)
         patch = self.backbone.patch_size
         extent = (images.shape[2] / patch[0], images.shape[3] / patch[1])
