@@ -131,8 +131,8 @@ class LightUpsample(nn.Module):
     """Light QU: the low-grid tokens return to the full grid by interpolation and meet the tokens before QD there.
 
     Both features are projected and normalised; the first goes on alone, too, so that the ATM decoder has two features
-    for its cascade. Nothing in it depends on the image size. It costs a sixtieth of the multiply-adds of Shrunk v1's QU,
-    and the decoder behind it has one stage more. Our own design.
+    for its cascade. Nothing in it depends on the image size. It costs a sixtieth of the multiply-adds of Shrunk v1's
+    QU, and the decoder behind it has one stage more. Our own design.
 
     Args:
         in_dim: width C of the backbone.
