@@ -24,7 +24,7 @@ lint: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet ruff clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 bench: $(INSTALLED)
 	$(BIN)/python bench/atm_kernel.py

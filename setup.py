@@ -1,7 +1,8 @@
 """Builds the operators in C++ (segvit._C) and CUDA (segvit._C_cuda) on LibTorch's stable ABI. Metadata: pyproject.toml.
 
 No C++ compiler, or no CUDA toolkit that fits PyTorch: segvit installs without that library and says so at run time
-(`segvit env`), unless SEGVIT_REQUIRE_EXT=1 or SEGVIT_REQUIRE_CUDA=1. A compiler that is there and fails is an error.
+(`segvit env`), unless SEGVIT_REQUIRE_EXT=1 or SEGVIT_REQUIRE_CUDA=1. A compiler that is there and fails is an error;
+SEGVIT_CUDA=0 leaves the CUDA library out.
 """
 
 import glob
@@ -18,6 +19,7 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall"]
 CXX_FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
 HEADERS = sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True))
+ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0")  # of GPUs to build for where none is at hand
 SOURCES = [f"csrc/cpu/{op}.cpp" for op in ("mask_decode", "mask_loss", "token_resample")]
 
 
@@ -46,6 +48,8 @@ def left_out(library: str, reason: str, required: str) -> None:
 
 def cuda_extension():
     """segvit._C_cuda, for the GPUs of this machine, or without one for those of the last years."""
+    if os.environ.get("SEGVIT_CUDA") == "0":
+        return None
     home = find_cuda()
     if home:
         os.environ["CUDA_HOME"] = home
@@ -57,12 +61,16 @@ def cuda_extension():
         return left_out("segvit._C_cuda", "this PyTorch was built without CUDA", "SEGVIT_REQUIRE_CUDA")
     if not home:
         return left_out("segvit._C_cuda", "no CUDA toolkit was found (CUDA_HOME names one)", "SEGVIT_REQUIRE_CUDA")
-    version = os.popen(f"{home}/bin/nvcc --version").read().partition("release ")[2].split(",")[0]
+    nvcc = lambda option: os.popen(f'"{home}/bin/nvcc" {option}').read()  # noqa: E731
+    version = nvcc("--version").partition("release ")[2].split(",")[0]
     if version.split(".")[0] != built_for.split(".")[0]:
         reason = f"PyTorch was built for CUDA {built_for}, but {home} has CUDA {version or 'of an unknown version'}"
         return left_out("segvit._C_cuda", reason, "SEGVIT_REQUIRE_CUDA")
     if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+        known = [
+            arch for arch in ARCHITECTURES if "compute_" + arch.replace(".", "") in nvcc("--list-gpu-arch").split()
+        ]
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(known) + "+PTX")
     extension = cpp_extension.CUDAExtension(
         "segvit._C_cuda",
         ["csrc/bindings_cuda.cpp", "csrc/cuda/token_resample.cu"],
@@ -79,7 +87,8 @@ def cuda_extension():
 def extensions() -> dict:
     compiler = find_compiler()
     if compiler is None:
-        left_out("segvit._C", "no C++ compiler was found (tried CXX, c++, g++, clang++)", "SEGVIT_REQUIRE_EXT")
+        for library, required in (("segvit._C", "SEGVIT_REQUIRE_EXT"), ("segvit._C_cuda", "SEGVIT_REQUIRE_CUDA")):
+            left_out(library, "no C++ compiler was found (tried CXX, c++, g++, clang++)", required)
         return {}
     os.environ["CXX"] = compiler
     cuda = cuda_extension()

@@ -5,6 +5,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
 
 #include "ops.h"
@@ -26,11 +28,34 @@ struct Shape {
 };
 
 inline Shape full_grid(const Tensor& x, int64_t height, int64_t width, int64_t stride) {
-    STD_TORCH_CHECK(x.dim() == 3 && height > 0 && width > 0 && stride > 0 && x.size(1) >= height * width,
-                    "token_resample: x must be [B, P + h*w, C], and the stride at least 1");
+    STD_TORCH_CHECK(
+        x.dim() == 3 && x.numel() > 0 && height > 0 && width > 0 && stride > 0 && x.size(1) >= height * width,
+        "token_resample: x must be [B, P + h*w, C] with B, C > 0, and the stride at least 1");
+    stride = std::min(stride, std::max(height, width));  // beyond the grid all strides are the same
     Shape s{height, width, stride, x.size(0), x.size(1), x.size(2), x.size(1) - height * width, 0};
     s.kept = s.low_height() * s.low_width();
     return s;
+}
+
+inline void check_device(const Tensor& x, const Tensor& other) {
+    STD_TORCH_CHECK(x.device() == other.device(), "token_resample: all tensors must be on one device");
+}
+
+// Another operand of a call: its sizes and dtype.
+inline void check_like(const Tensor& x, const Tensor& other, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+    check_device(x, other);
+    bool fits = other.scalar_type() == dtype && other.dim() == static_cast<int64_t>(sizes.size());
+    for (int64_t i = 0; fits && i < other.dim(); ++i) fits = other.size(i) == sizes.begin()[i];
+    STD_TORCH_CHECK(fits, "token_resample: the operands' shapes or dtypes do not fit together");
+}
+
+// Of the backward pass: gradients of the three outputs, and the statistics.
+inline void check_gradients(const Shape& s, const Tensor& x, const Tensor& grad_y, const Tensor& grad_y_q,
+                            const Tensor& grad_x_q, const Tensor& mean, const Tensor& rstd, ScalarType stats) {
+    check_like(x, grad_y, {s.images, s.tokens, s.channels}, x.scalar_type());
+    for (const Tensor* grad : {&grad_y_q, &grad_x_q})
+        check_like(x, *grad, {s.images, s.prefix + s.kept, s.channels}, x.scalar_type());
+    for (const Tensor* t : {&mean, &rstd}) check_like(x, *t, {s.images, s.tokens}, stats);
 }
 
 inline void check_index(const Tensor& index, int64_t images) {
@@ -42,6 +67,8 @@ inline void check_index(const Tensor& index, int64_t images) {
 inline Shape downsample_shape(const Tensor& x, const Tensor& weight, const Index& index, int64_t height, int64_t width,
                               int64_t stride) {
     Shape s = full_grid(x, height, width, stride);
+    check_device(x, weight);
+    if (index) check_device(x, *index);
     STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == x.size(2) && weight.scalar_type() == x.scalar_type(),
                     "token_downsample: norm_weight must be [C] in x's dtype");
     if (index) {
@@ -55,7 +82,11 @@ inline Shape downsample_shape(const Tensor& x, const Tensor& weight, const Index
 inline Shape upsample_shape(const Tensor& x, const Tensor& skip, const Index& extra, int64_t height, int64_t width,
                             int64_t stride) {
     const Shape s = full_grid(skip, height, width, stride);
-    if (extra) check_index(*extra, s.images);
+    check_device(skip, x);
+    if (extra) {
+        check_device(skip, *extra);
+        check_index(*extra, s.images);
+    }
     const int64_t length = s.prefix + s.kept + (extra ? extra->size(1) : 0);
     STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == s.images && x.size(1) == length && x.size(2) == s.channels &&
                         x.scalar_type() == skip.scalar_type(),

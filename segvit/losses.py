@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.ops import mask_loss
+from segvit.ops.reference._sampling import exact_dtype
 
 
 class ATMLossOutput(NamedTuple):
@@ -73,8 +74,9 @@ class ATMLoss(nn.Module):
         weights = torch.ones(num_classes) if class_weights is None else torch.as_tensor(class_weights).float()
         if weights.shape != (num_classes,) or not (weights >= 0).all():
             raise ValueError(f"class_weights must be {num_classes} numbers of at least 0, got {class_weights!r}")
-        if not no_object_weight >= 0:
-            raise ValueError(f"no_object_weight must be at least 0, got {no_object_weight!r}")
+        for name, value in (("no_object_weight", no_object_weight), ("edge_weight", edge_weight)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value!r}")
         self.num_classes, self.ignore_index, self.ignored = num_classes, ignore_index, ignored
         self.ce_weight, self.focal_weight, self.dice_weight = ce_weight, focal_weight, dice_weight
         self.alpha, self.gamma, self.debug, self.edge_weight = alpha, gamma, debug, edge_weight
@@ -89,9 +91,7 @@ class ATMLoss(nn.Module):
         weight = self.weights.to(labels.device)[target]  # [B, N]
         sums = [weight.sum(), present.sum()]
         if edge_logits is not None:
-            index = labels.long()
-            counts = (index >= 0) & (index < self.num_classes) & (index != self.ignore_index)
-            mixed, seen = mixed_patches(labels, counts, edge_logits.shape[1:], extent)
+            mixed, seen = mixed_patches(labels, self._counts(labels), edge_logits.shape[1:], extent)
             sums.append(seen.sum())
         total_weight, num_masks, *num_patches = _average_over_processes(*sums)
         class_logits = class_logits if class_logits.dtype == torch.float64 else class_logits.float()
@@ -135,7 +135,7 @@ class ATMLoss(nn.Module):
             raise ValueError(f"labels are on {labels.device}, but the model's output is on {class_logits.device}")
         if self.debug:
             labels = labels.long()
-            strange = ((labels < 0) | (labels >= self.num_classes)) & (labels != self.ignore_index)
+            strange = ~self._counts(labels) & (labels != self.ignore_index)
             if strange.any():
                 found = labels[strange].unique().tolist()[:8]
                 raise ValueError(
@@ -143,10 +143,15 @@ class ATMLoss(nn.Module):
                     f"nor ignore_index ({self.ignore_index}): {', '.join(map(str, found))}"
                 )
 
+    def _counts(self, labels: Tensor) -> Tensor:  # bool, as labels
+        """Which pixels have a class."""
+        labels = labels.long()
+        return (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
+
     def _present(self, labels: Tensor) -> Tensor:  # [B, N] bool
         """Which classes occur in which image; a label that is no class counts as ignored."""
         index = labels.flatten(1).long()
-        counts = (index >= 0) & (index < self.num_classes) & (index != self.ignore_index)
+        counts = self._counts(index)
         found = torch.zeros(len(index), self.num_classes + 1, dtype=torch.bool, device=labels.device)
         return found.scatter(1, torch.where(counts, index, self.num_classes), True)[:, :-1]
 
@@ -168,9 +173,12 @@ def mixed_patches(
     for dim, cells, covered in ((2, grid[0], (extent or grid)[0]), (3, grid[1], (extent or grid)[1])):
         size = labels.shape[dim - 1]
         width = size / covered
-        first = (torch.arange(cells + 1, device=labels.device, dtype=torch.float64) * width - 0.5).ceil().long()
-        pixels = first[:-1, None] + torch.arange(int(width) + 1, device=labels.device)
-        last = torch.maximum(first[1:], first[:-1] + 1)[:, None] - 1
+        i = torch.arange(cells + 1, device=labels.device, dtype=exact_dtype(labels.device))
+        first, nearest = (i * width - 0.5).ceil().long(), ((i + 0.5) * width).floor().long()
+        empty = first[1:] <= first[:-1]
+        last = torch.where(empty, nearest[:-1], first[1:] - 1)[:, None]
+        first = torch.where(empty, nearest[:-1], first[:-1])[:, None]
+        pixels = first + torch.arange(int(width) + 1, device=labels.device)
         pixels = pixels.minimum(last).clamp(0, size - 1)  # some stand there twice, which changes nothing
         ends = ends.index_select(dim, pixels.flatten()).unflatten(dim, pixels.shape).amin(dim + 1)
     lowest, highest = ends[0], -ends[1]

@@ -53,6 +53,7 @@ def train_folder(
     backbone: str = "vit_base_patch16_384.augreg_in21k_ft_in1k",
     pretrained: bool | str = True,
     shrink: str | None = None,
+    edge_budget: float | None = None,
     drop_path: float | None = None,
     freeze_backbone: bool = False,
     activation_checkpointing: bool = False,
@@ -98,6 +99,7 @@ def train_folder(
         pretrained: true (weights of the backbone from the Hub), false, or a weights file.
         shrink: v1 (the paper's) saves 40 percent of the multiply-adds, light half of them, edge (which keeps tokens at
             the edges of objects) 43 percent.
+        edge_budget: with edge, the share of the tokens that stays beside the even grid; 0.125 by default.
         drop_path: stochastic depth of the backbone; the model's own, or 0.1.
         freeze_backbone: train the decoder alone.
         activation_checkpointing: less memory, more time.
@@ -156,6 +158,7 @@ def train_folder(
         backbone,
         pretrained={"true": True, "false": False}.get(str(pretrained).lower(), pretrained),
         shrink=shrink,
+        edge_budget=edge_budget,
         drop_path=drop_path,
         freeze_backbone=freeze_backbone,
         activation_checkpointing=activation_checkpointing,
@@ -378,7 +381,7 @@ def _compare_options(old: dict, new: dict, main: bool) -> None:
     for name, value in new.items():
         if name in elsewhere or old.get(name) == value:
             continue
-        if name in ("model", "backbone", "shrink", "drop_path", "freeze_backbone"):
+        if name in ("model", "backbone", "shrink", "edge_budget", "drop_path", "freeze_backbone"):
             raise ValueError(f"a run goes on with its own model: {name} was {old.get(name)}, and cannot become {value}")
         if main:
             print(f"resuming with {name} {value}, which was {old.get(name)}", file=sys.stderr)

@@ -42,7 +42,10 @@ def seeded():
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """torch.empty and new_empty hand out NaN (or 77 for integers): an element that nobody wrote shows."""
+    """Memory is handed out with NaN (or odd integers) in it: an element that nobody wrote shows.
+
+    Allocations in Python are patched; those in C++ are filled by PyTorch itself in its deterministic mode.
+    """
 
     def poison(allocate):
         def empty(*args, **kwargs):
@@ -54,6 +57,9 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def shared(name: str) -> Path:

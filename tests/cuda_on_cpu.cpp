@@ -73,13 +73,6 @@ void launch(int blocks, int threads, Kernel kernel) {
     }
 }
 
-template <typename F>
-void by_layout(int vec, int packs, F&& call) {
-    if (vec == 1) return call(std::integral_constant<int, 1>{}, std::integral_constant<int, SCALAR>{});
-    if (packs == 1) return call(std::integral_constant<int, 4>{}, std::integral_constant<int, 1>{});
-    call(std::integral_constant<int, 4>{}, std::integral_constant<int, 3>{});
-}
-
 Places even_or(const int* shape, const int* lists, int images) {
     const int prefix = shape[0], tokens = shape[5];
     return {prefix,   shape[1], shape[2], shape[3],
@@ -88,18 +81,19 @@ Places even_or(const int* shape, const int* lists, int images) {
 
 template <typename T>
 void downsample(const T* x, const T* weight, const T* bias, const T* const* upstream, const int* shape,
-                const int* lists, int images, int channels, float eps, int vec, int packs, int warps, int blocks,
-                T* const* out, float* mean, float* rstd, float* partial, T* const* grads) {
+                const int* lists, int images, int channels, float eps, int blocks, T* const* out, float* mean,
+                float* rstd, float* partial, T* const* grads) {
     const Places places = even_or(shape, lists, images);
     const int rows = images * places.tokens;
-    by_layout(vec, packs, [&](auto v, auto n) {
+    const Layout l = layout(channels, sizeof(T));
+    with_layout<T>(l, [&](auto v, auto n) {
         launch(blocks, THREADS, [&] {
-            downsample_forward<T, v.value, n.value>(x, weight, bias, places, rows, channels, eps, warps, out[0], out[1],
-                                                    out[2], mean, rstd);
+            downsample_forward<T, v.value, n.value>(x, weight, bias, places, rows, channels, eps, l.warps, out[0],
+                                                    out[1], out[2], mean, rstd);
         });
         launch(blocks, THREADS, [&] {
             downsample_backward<T, v.value, n.value>(upstream[0], upstream[1], upstream[2], x, weight, mean, rstd,
-                                                     places, rows, channels, warps, grads[0], partial);
+                                                     places, rows, channels, l.warps, grads[0], partial);
         });
     });
     launch((2 * channels + 31) / 32, THREADS,
@@ -108,7 +102,7 @@ void downsample(const T* x, const T* weight, const T* bias, const T* const* upst
 
 template <typename T>
 void upsample(const T* x, const T* skip, const T* upstream, const int* shape, const int* last, const int64_t* extra,
-              int images, int channels, int vec, int blocks, T* out, T* grad_x) {
+              int images, int channels, int blocks, T* out, T* grad_x) {
     const Grid grid{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6], last};
     auto both = [&](auto v) {
         launch(blocks, THREADS,
@@ -116,10 +110,10 @@ void upsample(const T* x, const T* skip, const T* upstream, const int* shape, co
         launch(blocks, THREADS,
                [&] { upsample_backward<T, v.value>(upstream, extra, grid, images * grid.length(), channels, grad_x); });
     };
-    if (vec == 1)
+    if (channels * sizeof(T) % 16)
         both(std::integral_constant<int, 1>{});
     else
-        both(std::integral_constant<int, 4>{});
+        both(std::integral_constant<int, 16 / sizeof(T)>{});
 }
 
 }  // namespace
@@ -131,16 +125,21 @@ EXPORT link_places(const int64_t* index, int images, int prefix, int kept, int t
            [&] { link(index, prefix, kept, tokens, lists, lists + images * tokens, lists + 2 * images * tokens); });
 }
 
+EXPORT layout_of(int channels, int element_bytes, int* found) {
+    const Layout l = layout(channels, element_bytes);
+    found[0] = l.vec, found[1] = l.packs, found[2] = l.warps;
+}
+
 #define EXPORT_FOR(T, SUFFIX)                                                                                          \
     EXPORT downsample_##SUFFIX(const T* x, const T* weight, const T* bias, const T* const* upstream, const int* shape, \
-                               const int* lists, int images, int channels, float eps, int vec, int packs, int warps,   \
-                               int blocks, T* const* out, float* mean, float* rstd, float* partial, T* const* grads) { \
-        downsample(x, weight, bias, upstream, shape, lists, images, channels, eps, vec, packs, warps, blocks, out,     \
-                   mean, rstd, partial, grads);                                                                        \
+                               const int* lists, int images, int channels, float eps, int blocks, T* const* out,       \
+                               float* mean, float* rstd, float* partial, T* const* grads) {                            \
+        downsample(x, weight, bias, upstream, shape, lists, images, channels, eps, blocks, out, mean, rstd, partial,   \
+                   grads);                                                                                             \
     }                                                                                                                  \
     EXPORT upsample_##SUFFIX(const T* x, const T* skip, const T* upstream, const int* shape, const int* last,          \
-                             const int64_t* extra, int images, int channels, int vec, int blocks, T* out, T* grad_x) { \
-        upsample(x, skip, upstream, shape, last, extra, images, channels, vec, blocks, out, grad_x);                   \
+                             const int64_t* extra, int images, int channels, int blocks, T* out, T* grad_x) {          \
+        upsample(x, skip, upstream, shape, last, extra, images, channels, blocks, out, grad_x);                        \
     }
 
 EXPORT_FOR(float, f32)

@@ -129,6 +129,7 @@ SIZES = [  # of labels, grid, extent
     ((70, 98), (5, 7), (70 / 16, 98 / 16)),
     ((33, 20), (3, 2), (33 / 16, 20 / 16)),
     ((100, 90), (5, 7), (4.5, 6.2)),
+    ((33, 3), (3, 10), None),  # patches narrower than a pixel
 ]
 
 
@@ -144,7 +145,10 @@ def test_mixed_patches_are_those_with_two_classes(size, grid, extent, dtype):
     for b in range(2):
         for i in range(grid[0]):
             for j in range(grid[1]):
-                patch = labels[b][rows.long() == i][:, columns.long() == j]
+                at_row, at_column = rows.long() == i, columns.long() == j
+                if not at_column.any():  # no centre lies in it: the pixel that it lies in
+                    at_column[int((j + 0.5) * size[1] / grid[1])] = True
+                patch = labels[b][at_row][:, at_column]
                 classes = set(patch.flatten().tolist()) - {255}
                 assert bool(mixed[b, i, j]) == (len(classes) > 1)
                 assert bool(seen[b, i, j]) == (len(classes) > 0)
@@ -219,6 +223,7 @@ def test_two_processes_average_to_the_loss_of_the_joint_batch(labelled_images):
         ({"ignored": "zero"}, {}, 'ignored must be "masked" or "negative"'),
         ({"class_weights": [1.0]}, {}, "class_weights must be 4 numbers"),
         ({"no_object_weight": -0.1}, {}, "no_object_weight must be at least 0"),
+        ({"edge_weight": float("nan")}, {}, "edge_weight must be at least 0"),
         ({}, {"labels": torch.zeros(3, 20, 24)}, r"labels must be integers \[B, H, W\] with B = 3, got torch.float32"),
         ({}, {"labels": torch.zeros(2, 20, 24, dtype=torch.long)}, "labels must be integers"),
         ({}, {"labels": torch.zeros(3, 1, 20, 24, dtype=torch.long)}, "labels must be integers"),

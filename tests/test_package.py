@@ -90,7 +90,7 @@ def test_no_compiler_installs_without_the_library_and_a_failing_one_is_an_error(
         "import os, sys, setuptools; setuptools.setup = lambda **kw: print(sorted(kw)); "
         f"sys.argv = ['setup.py']; exec(open({str(ROOT / 'setup.py')!r}).read())"
     )
-    where = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+    where = {"PATH": str(tmp_path), "HOME": str(tmp_path), "SEGVIT_CUDA": "0"}
     without = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=where, cwd=ROOT)
     assert "ext_modules" not in without.stdout
     assert "no C++ compiler was found" in without.stderr
@@ -98,6 +98,8 @@ def test_no_compiler_installs_without_the_library_and_a_failing_one_is_an_error(
         [sys.executable, "-c", code], capture_output=True, text=True, env=where | {"SEGVIT_REQUIRE_EXT": "1"}, cwd=ROOT
     )
     assert required.returncode != 0
+    both = where | {"SEGVIT_REQUIRE_CUDA": "1"}
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=both, cwd=ROOT).returncode != 0
     broken = tmp_path / "broken-c++"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
@@ -117,6 +119,56 @@ def test_no_compiler_installs_without_the_library_and_a_failing_one_is_an_error(
 
 
 @pytest.mark.slow
+def test_the_cuda_library_is_built_where_a_toolkit_fits(tmp_path):
+    """setup.py's decision alone, with made-up toolkits: none, of another version, and one that knows few GPUs."""
+    import torch
+
+    if not torch.version.cuda:
+        pytest.skip("this PyTorch was built without CUDA")
+    code = (
+        "import os, sys, setuptools; setuptools.setup = lambda **kw: "
+        "print([e.name for e in kw.get('ext_modules', [])], os.environ.get('TORCH_CUDA_ARCH_LIST')); "
+        f"sys.argv = ['setup.py']; exec(open({str(ROOT / 'setup.py')!r}).read())"
+    )
+
+    def decide(**environment):
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | environment,
+        )
+        return run.returncode, run.stdout, run.stderr
+
+    def toolkit(version: str, architectures: str) -> str:
+        home = tmp_path / version
+        (home / "bin").mkdir(parents=True)
+        (home / "include").mkdir()
+        (home / "include" / "cuda_runtime.h").touch()
+        nvcc = home / "bin" / "nvcc"
+        lines = [f'case "$1" in --version) echo "Cuda compilation tools, release {version}, V{version}.1";;']
+        lines += [f'--list-gpu-arch) printf "{architectures}";; esac']
+        nvcc.write_text("#!/bin/sh\n" + " ".join(lines) + "\n")
+        nvcc.chmod(0o755)
+        return str(home)
+
+    major = torch.version.cuda.split(".")[0]
+    code_ok, names, _ = decide(CUDA_HOME=toolkit(f"{major}.0", r"compute_75\ncompute_90\n"))
+    assert code_ok == 0
+    assert names.split("]")[0] == "['segvit._C', 'segvit._C_cuda'"
+    if not torch.cuda.is_available():
+        assert "7.5;9.0+PTX" in names
+    other = toolkit("9.2", "compute_70")
+    code_ok, names, said = decide(CUDA_HOME=other)
+    assert code_ok == 0
+    assert "_C_cuda" not in names
+    assert "has CUDA 9.2" in said
+    assert decide(CUDA_HOME=other, SEGVIT_REQUIRE_CUDA="1")[0] != 0
+    assert "_C_cuda" not in decide(SEGVIT_CUDA="0")[1]
+
+
+@pytest.mark.slow
 def test_one_build_serves_another_torch(tmp_path):
     """The operators' library, built with this torch, loads in another one and gives the same numbers there."""
     import torch
@@ -126,7 +178,8 @@ def test_one_build_serves_another_torch(tmp_path):
     version = os.environ.get("SEGVIT_OTHER_TORCH")
     if not version or NATIVE_MISSING:
         pytest.skip(NATIVE_MISSING or "SEGVIT_OTHER_TORCH names no version to install beside this one, such as 2.13.0")
-    assert not torch.__version__.startswith(version)
+    if torch.__version__.startswith(version):
+        pytest.skip(f"SEGVIT_OTHER_TORCH={version} is the version at hand")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path, f"torch=={version}"]
     subprocess.run(pip, check=True)
     code = (

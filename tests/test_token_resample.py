@@ -308,22 +308,46 @@ def test_cuda_kernels_on_a_gpu(dtype, C, keep):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("B", "P", "grid", "C"),
+    [(8, 1, (64, 64), 768), (1, 0, (5, 7), 1024), (1, 0, (5, 7), 517), (3, 2, (1, 1), 64), (2, 0, (33, 1), 2048)],
+)
+def test_cuda_kernels_at_many_rows_and_few(B, P, grid, C):
+    """More rows than are resident at once, a slot of the last block without a row, an unaligned view."""
+    buffer = torch.randn(B * (P + grid[0] * grid[1]) * C + 1, device="cuda")
+    x = buffer[1:].view(B, -1, C).requires_grad_()
+    weight, bias = (torch.randn(C, device="cuda", requires_grad=True) for _ in range(2))
+    for keep in (2, torch.randint(0, grid[0] * grid[1], (B, 3)).cuda(), torch.zeros(B, 0, dtype=torch.long).cuda()):
+        runs = []
+        for backend in ("native", "reference"):
+            out = token_downsample(x, weight, bias, 1e-6, grid, keep, backend=backend)
+            loss = sum((t * t).sum() for t in out)
+            runs.append((*out, *torch.autograd.grad(loss, (x, weight, bias))))
+        for a, b in zip(*runs):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
 def test_cuda_kernels_are_captured_in_a_graph():
-    x, weight, bias = (t.detach().float().cuda() for t in inputs())
+    """Forward and backward, replayed on a stream of their own."""
+    leaves = [t.detach().float().cuda().requires_grad_() for t in inputs()]
     extra = KEEPS["index"].cuda()
 
     def there_and_back():
-        y, _, kept = token_downsample(x, weight, bias, 1e-6, (5, 7), 2, backend="native")
+        y, _, kept = token_downsample(*leaves, 1e-6, (5, 7), 2, backend="native")
         kept = torch.cat([kept, kept[:, :4]], 1)
-        return token_upsample(kept, y, (5, 7), 2, extra, backend="native")
+        up = token_upsample(kept, y, (5, 7), 2, extra, backend="native")
+        return (up, *torch.autograd.grad((up * up).sum(), leaves))
 
-    want = there_and_back()
+    want = [t.detach().clone() for t in there_and_back()]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = there_and_back()
-    got.zero_()
+    for t in got:
+        t.detach().zero_()
     graph.replay()
-    torch.testing.assert_close(got, want)
+    for a, b in zip(got, want):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("grid", "stride"), [((5, 7), 2), ((4, 4), 2), ((1, 1), 2), ((3, 5), 4), ((6, 5), 1)])
@@ -395,6 +419,7 @@ def test_bad_input_gets_one_clear_error(call, error, message):
         (dict(skip=torch.zeros(2, 36, 11)), ValueError, "ask for x"),
         (dict(skip=torch.zeros(2, 36, 12).half()), ValueError, "skip must have one of the dtypes float32"),
         (dict(skip=torch.zeros(2, 34, 12)), ValueError, "ask for x"),
+        (dict(x=torch.zeros(0, 15, 12), skip=torch.zeros(0, 36, 12), extra=None), ValueError, "B, C > 0"),
         (dict(stride=0), ValueError, "stride must be an integer of at least 1"),
         (dict(extra=torch.zeros(3, 2, dtype=torch.long)), ValueError, r"extra must be \[B, E\] with B = 2"),
         (dict(extra=torch.zeros(2, 2)), ValueError, "extra must have one of the dtypes int64"),
@@ -408,6 +433,68 @@ def test_bad_input_of_upsample_gets_one_clear_error(call, error, message):
     arguments["extra"] = torch.zeros(2, 2, dtype=torch.long)
     with pytest.raises(error, match=message):
         token_upsample(**(arguments | call))
+
+
+def test_operands_of_the_operators_that_do_not_fit_are_refused():
+    """What the public functions check beforehand, asked of the operators themselves: never memory of others."""
+    if NATIVE_MISSING:
+        pytest.skip(NATIVE_MISSING)
+    x, w = torch.zeros(1, 35, 64), torch.zeros(64)
+    down, back = torch.ops.segvit.token_downsample, torch.ops.segvit.token_downsample_backward
+    y, y_q, x_q, mean, rstd = down(x, w, w, None, 5, 7, 2, 1e-6)
+    for call in (
+        lambda: down(x, w, w[:1], None, 5, 7, 2, 1e-6),
+        lambda: down(x[:0], w, w, None, 5, 7, 2, 1e-6),
+        lambda: back(y[:, :3], y_q, x_q, x, w, None, mean, rstd, 5, 7, 2),
+        lambda: back(y, y_q[:, :1], x_q, x, w, None, mean, rstd, 5, 7, 2),
+        lambda: back(y, y_q, x_q, x, w, None, mean.double(), rstd, 5, 7, 2),
+        lambda: torch.ops.segvit.token_upsample(x[:, :3], x, None, 5, 7, 2),
+        lambda: torch.ops.segvit.token_upsample_backward(x, torch.zeros(2, 1, dtype=torch.long), 5, 7, 2),
+    ):
+        with pytest.raises(RuntimeError, match=r"token_(resample|upsample)"):
+            call()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stride", [35, 2**31, 2**32, 2**63 - 1])
+def test_strides_beyond_the_grid_are_all_the_same(backend, stride):
+    x, weight, bias = inputs()
+    want = token_downsample(x, weight, bias, 1e-6, (5, 7), 7, backend=backend)
+    for a, b in zip(token_downsample(x, weight, bias, 1e-6, (5, 7), stride, backend=backend), want):
+        assert torch.equal(a, b)
+    low, skip = upsample_inputs(stride=7)
+    up = token_upsample(low, skip, (5, 7), stride, backend=backend)
+    assert torch.equal(up, token_upsample(low, skip, (5, 7), 7, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_that_is_not_finite_spoils_its_neighbours_alone(backend):
+    x, skip = upsample_inputs(P=0)
+    with torch.no_grad():
+        x[0, 5] = torch.inf  # row 1, column 1 of the low grid: row 2, column 2 of the full one
+        out = token_upsample(x, skip, (5, 7), 2, backend=backend).unflatten(1, (5, 7))
+    bad = ~out[0, :, :, 0].isfinite()
+    want = torch.zeros(5, 7, dtype=torch.bool)
+    want[1:4, 1:4] = True
+    assert torch.equal(bad, want)
+    assert out[1].isfinite().all()
+
+
+@pytest.mark.skipif(bool(NATIVE_MISSING), reason=str(NATIVE_MISSING))
+def test_forward_mode_is_refused_and_not_zero():
+    with torch.autograd.forward_ad.dual_level():
+        x, weight, bias = (t.detach() for t in inputs())
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            token_downsample(dual, weight, bias, 1e-6, (5, 7), 2, backend="native")
+
+
+def test_poisoned_memory_reaches_what_is_allocated_in_cpp(poisoned):
+    if NATIVE_MISSING:
+        pytest.skip(NATIVE_MISSING)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.zeros(3).new_empty((4,)).isnan().all()
+    assert torch.ops.aten.new_empty(torch.zeros(3), [4]).isnan().all()
 
 
 def test_a_missing_library_says_so(monkeypatch):

@@ -68,11 +68,12 @@ struct Gathered {
 
     Gathered(const Shape& s, const Index& index) {
         const int64_t cells = s.height * s.width;
+        const int64_t* given = index ? index->const_data_ptr<int64_t>() : nullptr;
         std::vector<int64_t> tokens(s.prefix + s.kept);
         for (int64_t p = 0; p < s.prefix; ++p) tokens[p] = p;
         for (int64_t b = 0; b < (index ? s.images : 1); ++b) {
             for (int64_t k = 0; k < s.kept; ++k) {
-                const int64_t cell = index ? checked(index->const_data_ptr<int64_t>()[b * s.kept + k], cells)
+                const int64_t cell = index ? checked(given[b * s.kept + k], cells)
                                            : k / s.low_width() * s.stride * s.width + k % s.low_width() * s.stride;
                 tokens[s.prefix + k] = s.prefix + cell;
             }
@@ -185,7 +186,7 @@ struct Tap {
     double weight;
 
     Tap(int64_t at, int64_t kept, int64_t stride) : low(std::min(at / stride, kept - 1)) {
-        high = std::min(low + 1, kept - 1);
+        high = at > low * stride ? std::min(low + 1, kept - 1) : low;  // where nothing of the next counts, not it
         weight = high == low ? 0 : static_cast<double>(at - low * stride) / stride;
     }
 };
@@ -200,10 +201,10 @@ double share(int64_t at, int64_t low, int64_t kept, int64_t stride) {
 std::vector<int64_t> last_places(const Shape& s, const Index& extra) {
     if (!extra) return {};
     const int64_t cells = s.height * s.width, E = extra->size(1);
+    const int64_t* given = extra->const_data_ptr<int64_t>();
     std::vector<int64_t> places(s.images * cells, -1);
     for (int64_t b = 0; b < s.images; ++b)
-        for (int64_t e = 0; e < E; ++e)
-            places[b * cells + checked(extra->const_data_ptr<int64_t>()[b * E + e], cells)] = e;
+        for (int64_t e = 0; e < E; ++e) places[b * cells + checked(given[b * E + e], cells)] = e;
     return places;
 }
 
@@ -310,6 +311,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_downsample_cpu(Tensor x
                                                                         Index index, int64_t height, int64_t width,
                                                                         int64_t stride, double eps) {
     const Shape s = downsample_shape(x, weight, index, height, width, stride);
+    check_like(x, bias, {s.channels}, x.scalar_type());
     for (Tensor* t : {&x, &weight, &bias}) *t = torch::stable::contiguous(*t);
     const int64_t B = s.images, T = s.tokens, C = s.channels, Q = s.prefix + s.kept;
     Tensor y = torch::stable::new_empty(x, {B, T, C}), y_q = torch::stable::new_empty(x, {B, Q, C});
@@ -334,6 +336,7 @@ std::tuple<Tensor, Tensor, Tensor> token_downsample_backward_cpu(Tensor grad_y, 
                                                                  Tensor rstd, int64_t height, int64_t width,
                                                                  int64_t stride) {
     const Shape s = downsample_shape(x, weight, index, height, width, stride);
+    check_gradients(s, x, grad_y, grad_y_q, grad_x_q, mean, rstd, sum_dtype(x.scalar_type()));
     for (Tensor* t : {&grad_y, &grad_y_q, &grad_x_q, &x, &weight, &mean, &rstd}) *t = torch::stable::contiguous(*t);
     const int64_t C = s.channels;
     Tensor grad_x = torch::stable::new_empty(x, {s.images, s.tokens, C});
@@ -380,6 +383,7 @@ Tensor token_upsample_cpu(Tensor x, Tensor skip, Index extra, int64_t height, in
 
 Tensor token_upsample_backward_cpu(Tensor grad, Index extra, int64_t height, int64_t width, int64_t stride) {
     const Shape s = full_grid(grad, height, width, stride);
+    if (extra) check_index(*extra, s.images);
     const int64_t length = s.prefix + s.kept + (extra ? extra->size(1) : 0);
     grad = torch::stable::contiguous(grad);
     extra = contiguous(extra);

@@ -2,6 +2,7 @@
 #undef NDEBUG  // a cell outside the grid is an assertion on the device
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <cassert>
@@ -22,7 +23,7 @@ struct Launch {
 
     explicit Launch(const Tensor& t) : guard(t.get_device()) {
         void* current = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &current));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device(), &current));
         stream = static_cast<cudaStream_t>(current);
         succeed(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, t.get_device()));
     }
@@ -34,7 +35,6 @@ struct Launch {
     // Blocks for so many units of work, at most what is resident at once.
     template <typename Kernel>
     int blocks(Kernel kernel, int64_t units, int64_t per_block) const {
-        STD_TORCH_CHECK(units < (int64_t{1} << 30), "token_resample: more than 2^30 tokens");
         int resident = 0;
         succeed(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, cuda::THREADS, 0));
         const int64_t most = static_cast<int64_t>(std::max(resident, 1)) * processors;
@@ -83,26 +83,16 @@ Tensor in_order(const Tensor& t) {
     return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 ? torch::stable::clone(rows) : rows;
 }
 
-template <int N>
-using Constant = std::integral_constant<int, N>;
+// Refuses rows that fit no layout, and what would not fit the kernels' 32-bit places.
+cuda::Layout checked_layout(const Shape& s, const Tensor& x) {
+    const cuda::Layout found = cuda::layout(s.channels, static_cast<int>(x.element_size()));
+    STD_TORCH_CHECK(found.packs > 0, "token_downsample: ", s.channels, " channels are too many for the CUDA kernel");
+    return found;
+}
 
-// Calls with (VEC, NV, warps of a row): 16-byte packs where rows allow it, as few warps as hold the row.
-template <typename T, typename F>
-void choose_layout(int64_t channels, F&& call) {
-    constexpr int VEC = 16 / sizeof(T);
-    const bool wide = channels % VEC == 0;
-    const int64_t warp = 32 * (wide ? 4 * VEC : cuda::SCALAR);  // channels of one
-    int warps = 1;
-    while (warps < cuda::WARPS && channels > warp * warps) warps *= 2;
-    STD_TORCH_CHECK(channels <= (sizeof(T) == 4 && wide ? 2 : 1) * warp * warps, "token_downsample: ", channels,
-                    " channels are too many for the CUDA kernel");
-    if (!wide) return call(Constant<1>{}, Constant<cuda::SCALAR>{}, warps);
-    const int64_t packs = (channels + 32 * VEC * warps - 1) / (32 * VEC * warps);  // at most 4, or 8 of float32
-    if (packs == 1) return call(Constant<VEC>{}, Constant<1>{}, warps);
-    if (packs == 2) return call(Constant<VEC>{}, Constant<2>{}, warps);
-    if (packs == 3) return call(Constant<VEC>{}, Constant<3>{}, warps);
-    if (sizeof(T) == 2 || packs == 4) return call(Constant<VEC>{}, Constant<4>{}, warps);
-    call(Constant<VEC>{}, Constant<32 / VEC>{}, warps);
+void check_size(const Shape& s, int64_t extra = 0) {
+    STD_TORCH_CHECK(s.images * (std::max(s.tokens, s.prefix + s.kept) + extra) < (int64_t{1} << 30),
+                    "token_resample: more than 2^30 tokens");
 }
 
 }  // namespace
@@ -111,6 +101,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_downsample_cuda(Tensor 
                                                                          Index index, int64_t height, int64_t width,
                                                                          int64_t stride, double eps) {
     const Shape s = downsample_shape(x, weight, index, height, width, stride);
+    check_like(x, bias, {s.channels}, x.scalar_type());
+    check_size(s);
+    const cuda::Layout l = checked_layout(s, x);
     const Launch launch(x);
     for (Tensor* t : {&x, &weight, &bias}) *t = in_order(*t);
     const int64_t B = s.images, T = s.tokens, C = s.channels, Q = s.prefix + s.kept, rows = B * T;
@@ -122,14 +115,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_downsample_cuda(Tensor 
         index ? Index(link_places(launch, torch::stable::contiguous(*index), s.prefix, T)) : std::nullopt;
     dispatch_half(x.scalar_type(), "token_downsample", [&](auto tag) {
         using T_ = decltype(tag);
-        choose_layout<T_>(C, [&](auto vec, auto packs, int warps) {
+        cuda::with_layout<T_>(l, [&](auto vec, auto packs) {
             auto* kernel = &cuda::downsample_forward<T_, vec.value, packs.value>;
-            const int blocks = launch.blocks(kernel, rows, cuda::WARPS / warps);
+            const int blocks = launch.blocks(kernel, rows, cuda::WARPS / l.warps);
             kernel<<<blocks, cuda::THREADS, 0, launch.stream>>>(
                 x.const_data_ptr<T_>(), weight.const_data_ptr<T_>(), bias.const_data_ptr<T_>(),
-                places(s, lists ? &*lists : nullptr), rows, C, static_cast<float>(eps), warps, y.mutable_data_ptr<T_>(),
-                y_q.mutable_data_ptr<T_>(), x_q.mutable_data_ptr<T_>(), mean.mutable_data_ptr<float>(),
-                rstd.mutable_data_ptr<float>());
+                places(s, lists ? &*lists : nullptr), rows, C, static_cast<float>(eps), l.warps,
+                y.mutable_data_ptr<T_>(), y_q.mutable_data_ptr<T_>(), x_q.mutable_data_ptr<T_>(),
+                mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>());
             Launch::succeed(cudaGetLastError());
         });
     });
@@ -141,6 +134,9 @@ std::tuple<Tensor, Tensor, Tensor> token_downsample_backward_cuda(Tensor grad_y,
                                                                   Tensor rstd, int64_t height, int64_t width,
                                                                   int64_t stride) {
     const Shape s = downsample_shape(x, weight, index, height, width, stride);
+    check_gradients(s, x, grad_y, grad_y_q, grad_x_q, mean, rstd, ScalarType::Float);
+    check_size(s);
+    const cuda::Layout l = checked_layout(s, x);
     const Launch launch(x);
     for (Tensor* t : {&grad_y, &grad_y_q, &grad_x_q, &x, &weight, &mean, &rstd}) *t = in_order(*t);
     const int64_t C = s.channels, rows = s.images * s.tokens;
@@ -150,14 +146,14 @@ std::tuple<Tensor, Tensor, Tensor> token_downsample_backward_cuda(Tensor grad_y,
         index ? Index(link_places(launch, torch::stable::contiguous(*index), s.prefix, s.tokens)) : std::nullopt;
     dispatch_half(x.scalar_type(), "token_downsample_backward", [&](auto tag) {
         using T_ = decltype(tag);
-        choose_layout<T_>(C, [&](auto vec, auto packs, int warps) {
+        cuda::with_layout<T_>(l, [&](auto vec, auto packs) {
             auto* kernel = &cuda::downsample_backward<T_, vec.value, packs.value>;
-            const int blocks = launch.blocks(kernel, rows, cuda::WARPS / warps);
+            const int blocks = launch.blocks(kernel, rows, cuda::WARPS / l.warps);
             Tensor partial = torch::stable::new_empty(x, {blocks, 2, C}, ScalarType::Float);
             kernel<<<blocks, cuda::THREADS, 0, launch.stream>>>(
                 grad_y.const_data_ptr<T_>(), grad_y_q.const_data_ptr<T_>(), grad_x_q.const_data_ptr<T_>(),
                 x.const_data_ptr<T_>(), weight.const_data_ptr<T_>(), mean.const_data_ptr<float>(),
-                rstd.const_data_ptr<float>(), places(s, lists ? &*lists : nullptr), rows, C, warps,
+                rstd.const_data_ptr<float>(), places(s, lists ? &*lists : nullptr), rows, C, l.warps,
                 grad_x.mutable_data_ptr<T_>(), partial.mutable_data_ptr<float>());
             Launch::succeed(cudaGetLastError());
             cuda::finish_weights<T_><<<(2 * C + 31) / 32, cuda::THREADS, 0, launch.stream>>>(
@@ -171,6 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> token_downsample_backward_cuda(Tensor grad_y,
 
 Tensor token_upsample_cuda(Tensor x, Tensor skip, Index extra, int64_t height, int64_t width, int64_t stride) {
     const Shape s = upsample_shape(x, skip, extra, height, width, stride);
+    check_size(s, extra ? extra->size(1) : 0);
     const Launch launch(skip);
     x = in_order(x);
     skip = in_order(skip);
@@ -196,6 +193,8 @@ Tensor token_upsample_cuda(Tensor x, Tensor skip, Index extra, int64_t height, i
 
 Tensor token_upsample_backward_cuda(Tensor grad, Index extra, int64_t height, int64_t width, int64_t stride) {
     const Shape s = full_grid(grad, height, width, stride);
+    if (extra) check_index(*extra, s.images);
+    check_size(s, extra ? extra->size(1) : 0);
     const Launch launch(grad);
     grad = in_order(grad);
     if (extra) extra = torch::stable::contiguous(*extra);

@@ -8,6 +8,7 @@
 
 #include <climits>
 #include <cstdint>
+#include <type_traits>
 
 namespace segvit {
 namespace cuda {
@@ -15,6 +16,38 @@ namespace cuda {
 constexpr int WARPS = 4, THREADS = 32 * WARPS;  // of a block
 constexpr int SCALAR = 16;                      // channels of a thread where 16-byte packs do not fit
 constexpr int END = -1;                         // of a list of places
+
+// How a row of so many channels lies in registers: channels of a pack, packs of a thread, warps. 16-byte packs where
+// rows allow it, and as few warps as hold the row; no packs where none do.
+struct Layout {
+    int vec, packs, warps;
+};
+
+inline Layout layout(int64_t channels, int element_bytes) {
+    const int wide = 16 / element_bytes;
+    const bool packed = channels % wide == 0;
+    const int64_t warp = 32 * (packed ? 4 * wide : SCALAR);  // channels of one, with the usual packs
+    int warps = 1;
+    while (warps < WARPS && channels > warp * warps) warps *= 2;
+    if (!packed) return {1, channels <= warp * warps ? SCALAR : 0, warps};
+    const int64_t packs = (channels + 32 * wide * warps - 1) / (32 * wide * warps);
+    if (packs <= 4) return {wide, static_cast<int>(packs), warps};
+    return {wide, element_bytes == 4 && packs <= 8 ? 8 : 0, warps};  // 8 packs of float32 at most
+}
+
+// Calls with the layout's numbers of channels and packs as constants.
+template <typename T, typename F>
+void with_layout(const Layout& l, F&& call) {
+    constexpr int VEC = 16 / sizeof(T);
+    if (l.vec == 1) return call(std::integral_constant<int, 1>{}, std::integral_constant<int, SCALAR>{});
+    using Vec = std::integral_constant<int, VEC>;
+    if (l.packs == 1) return call(Vec{}, std::integral_constant<int, 1>{});
+    if (l.packs == 2) return call(Vec{}, std::integral_constant<int, 2>{});
+    if (l.packs == 3) return call(Vec{}, std::integral_constant<int, 3>{});
+    if constexpr (sizeof(T) == 4)
+        if (l.packs == 8) return call(Vec{}, std::integral_constant<int, 8>{});
+    call(Vec{}, std::integral_constant<int, 4>{});
+}
 
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {

@@ -144,7 +144,10 @@ class Backbone(nn.Module):
                     features = features._replace(extra=extra, edge_logits=edge_logits)
                     even = stride_index(grid, STRIDE, x.device).expand(len(x), -1)
                     keep = torch.cat([even, extra], 1)
-                x = query_downsample(block, x, grid, keep, **arguments)
+                if self.activation_checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(query_downsample, block, x, grid, keep, use_reentrant=False, **arguments)
+                else:
+                    x = query_downsample(block, x, grid, keep, **arguments)
                 if position is not None:
                     position = keep_positions(position, grid, keep)
                 grid = tuple(-(-side // STRIDE) for side in grid)

@@ -64,7 +64,8 @@ class SegViT(
             multiply-adds; "light": with a light up-sampling that fits any image size, 50 % fewer; "edge": light, and
             tokens at the edges of objects stay, 43 % fewer. None: none.
         shrink_at: the block that becomes the down-sampling; None: a third of the depth.
-        edge_budget: with "edge", the share of the grid's tokens that stay beside every second of every second row.
+        edge_budget: with "edge", the share of the grid's tokens that stay beside every second of every second row. What
+            chooses them learns from ATMLoss; another loss must use out.edge_logits, too.
         dropout: of the decoder: attention weights, residuals, FFN.
         drop_path: stochastic depth of the backbone, rising to this rate at its last block.
         pretrained: True loads timm's weights of the backbone, a path loads that file (timm's layout).
@@ -188,7 +189,10 @@ class SegViT(
         return self.backbone.image_size
 
     def features(self, images: Tensor) -> Features:
-        """The backbone's tokens [B, h·w, C] after each of out_indices, and their grids."""
+        """The backbone's tokens [B, h·w, C] after each of out_indices, and their grids.
+
+        With shrink="edge" the kept edge tokens lie behind the even grid's, and `extra` has their cells.
+        """
         return self.backbone(images, self.select)
 
     def forward(self, images: Tensor) -> SegViTOutput:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("segvit", "FRAGMENT")
 
@@ -24,6 +25,10 @@ def register(
     op = getattr(torch.ops.segvit, name).default
 
     def with_autograd(*args):
+        if forward_ad._current_level >= 0 and any(
+            isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
+        ):
+            raise NotImplementedError(f"segvit::{name} has no forward-mode derivative; backend='reference' has")
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
             return autograd.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():

@@ -13,7 +13,7 @@ from ._library import below_autograd, register
 from .reference import query_attention as reference_attention
 from .reference import token_downsample as reference_downsample
 from .reference import token_upsample as reference_upsample
-from .reference.token_resample import stride_index
+from .reference.token_resample import extra_places, stride_index
 
 
 def token_downsample(
@@ -67,6 +67,8 @@ def token_downsample(
     _checks.same_device(
         op, x=x, norm_weight=norm_weight, norm_bias=norm_bias, keep=keep if isinstance(keep, Tensor) else None
     )
+    if isinstance(keep, int):
+        keep = min(keep, max(grid))  # beyond the grid all strides are the same
     weight, bias = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
     with without_autocast(x.device):
         if choose(op, backend, _backends(x)) == "reference":
@@ -111,15 +113,16 @@ def token_upsample(
     _checks.tensor(op, "skip", skip, "[B, P + h*w, C]", (x.dtype,))
     if not isinstance(stride, int) or stride < 1:
         raise ValueError(f"{op}: stride must be an integer of at least 1, got {stride!r}")
+    stride = min(stride, max(grid))  # beyond the grid all strides are the same
     kept = -(-grid[0] // stride) * -(-grid[1] // stride)
     if extra is not None:
         if _checks.tensor(op, "extra", extra, "[B, E]", (torch.int64,)).shape[0] != skip.shape[0]:
             raise ValueError(f"{op}: extra must be [B, E] with B = {skip.shape[0]}, got {tuple(extra.shape)}")
         kept += extra.shape[1]
     prefix = skip.shape[1] - grid[0] * grid[1]
-    if prefix < 0 or x.shape != (skip.shape[0], prefix + kept, skip.shape[2]):
+    if prefix < 0 or 0 in skip.shape or x.shape != (skip.shape[0], prefix + kept, skip.shape[2]):
         shapes = f"x {tuple(x.shape)} and skip {tuple(skip.shape)}"
-        raise ValueError(f"{op}: grid {grid} and stride {stride} ask for x [B, P + {kept}, C], got {shapes}")
+        raise ValueError(f"{op}: grid {grid} and stride {stride} ask for x [B, P + {kept}, C], B, C > 0, got {shapes}")
     _checks.same_device(op, x=x, skip=skip, extra=extra)
     with without_autocast(x.device):
         if choose(op, backend, _backends(x)) == "reference":
@@ -174,6 +177,9 @@ def _native_reason(x: Tensor) -> str | None:
         return f"x is on {x.device.type}; the kernels are for the CPU and for CUDA"
     if x.dtype == torch.float64:
         return "the CUDA kernels have no float64"
+    most = 4096 if x.shape[2] * x.element_size() % 16 == 0 else 2048
+    if x.shape[2] > most:
+        return f"the CUDA kernels take at most {most} channels of this kind, got {x.shape[2]}"
     return CUDA_MISSING
 
 
@@ -253,11 +259,25 @@ def _upsample_fake(x, skip, extra, height, width, stride):
 
 def _upsample_backward(grad, extra, height, width, stride):
     """The transpose of interpolation and of taking the cells of `extra`; in float32 at least, as the kernels do."""
-    wide = grad if grad.dtype == torch.float64 else grad.float()
-    x = torch.zeros_like(_upsample_backward_fake(wide, extra, height, width, stride)).requires_grad_()
-    with torch.enable_grad():
-        out = reference_upsample(x, torch.zeros_like(wide), (height, width), stride, extra)
-    return torch.autograd.grad(out, x, wide)[0].to(grad.dtype)
+    prefix, dtype = grad.shape[1] - height * width, grad.dtype
+    grad = grad if dtype == torch.float64 else grad.float()
+    full, own = grad[:, prefix:], []
+    if extra is not None:
+        place = extra_places(extra, (height, width))
+        e = torch.arange(extra.shape[1], device=grad.device)
+        wins = (place.gather(1, extra) == e)[..., None]
+        own = [full.gather(1, extra[..., None].expand(-1, -1, grad.shape[2])) * wins]
+        full = full * (place < 0)[..., None]
+    rows, columns = (_shares(size, stride, grad) for size in (height, width))
+    low = torch.einsum("yi,xj,byxc->bijc", rows, columns, full.unflatten(1, (height, width))).flatten(1, 2)
+    return torch.cat([grad[:, :prefix], low, *own], 1).to(dtype)
+
+
+def _shares(size: int, stride: int, like: Tensor) -> Tensor:  # [size, ceil(size / stride)], rows sum to 1
+    """What every cell along an axis takes of the kept ones."""
+    kept = -(-size // stride)
+    at = (torch.arange(size, device=like.device, dtype=like.dtype) / stride).clamp(max=kept - 1)
+    return (1 - (at[:, None] - torch.arange(kept, device=like.device)).abs()).clamp(min=0)
 
 
 def _upsample_backward_fake(grad, extra, height, width, stride):

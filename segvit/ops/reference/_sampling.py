@@ -2,6 +2,11 @@ import torch
 from torch import Tensor
 
 
+def exact_dtype(device: torch.device | str) -> torch.dtype:
+    """float64 where the device has it: Apple's GPUs do not."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def sample_positions(
     cells: int,  # grid cells along one axis
     size: int,  # output pixels along that axis
@@ -9,8 +14,7 @@ def sample_positions(
     device: torch.device | str = "cpu",
 ) -> Tensor:  # [size], float64 where the device has it
     """Where output pixels look along one axis, align_corners=False: clamp((i+½)·extent/size − ½, 0, cells−1)."""
-    exact = torch.float32 if torch.device(device).type == "mps" else torch.float64  # Apple's GPUs have no float64
-    i = torch.arange(size, device=device, dtype=exact)
+    i = torch.arange(size, device=device, dtype=exact_dtype(device))
     return ((i + 0.5) * (extent / size) - 0.5).clamp(0, cells - 1)
 
 

@@ -40,17 +40,19 @@ def token_upsample(
     The cells in `extra` get their own token; a cell that is there more than once gets its last.
     """
     prefix = skip.shape[1] - grid[0] * grid[1]
-
-    def weights(size: int) -> Tensor:  # [size, ceil(size / stride)]
-        kept = -(-size // stride)
-        at = (torch.arange(size, device=x.device, dtype=torch.float64) / stride).clamp(max=kept - 1)
-        distance = (at[:, None] - torch.arange(kept, device=x.device, dtype=torch.float64)).abs()
-        return (1 - distance).clamp(min=0).to(x.dtype)
-
     low_grid = -(-grid[0] // stride), -(-grid[1] // stride)
     kept = prefix + low_grid[0] * low_grid[1]
-    low = x[:, prefix:kept].unflatten(1, low_grid)
-    full = torch.einsum("yi,xj,bijc->byxc", weights(grid[0]), weights(grid[1]), low).flatten(1, 2)
+
+    def between(t: Tensor, dim: int) -> Tensor:  # along one axis: kept cells to all cells
+        at = torch.arange(grid[dim - 1], device=t.device)
+        low = (at // stride).clamp(max=low_grid[dim - 1] - 1)
+        high = (low + 1).clamp(max=low_grid[dim - 1] - 1)
+        shape = [-1 if i == dim else 1 for i in range(4)]
+        share = torch.where(low == high, 0, (at - low * stride).to(t.dtype) / stride).to(t.dtype).view(shape)
+        first = t.index_select(dim, low)
+        return torch.where(share > 0, first * (1 - share) + t.index_select(dim, high) * share, first)
+
+    full = between(between(x[:, prefix:kept].unflatten(1, low_grid), 1), 2).flatten(1, 2)
     if extra is not None and extra.shape[1]:
         place = extra_places(extra, grid)[..., None]
         own = x[:, kept:].gather(1, place.clamp(min=0).expand_as(full))
