@@ -227,3 +227,15 @@ def test_an_optimizer_without_capturable_is_refused():
     model = tiny().cuda()
     with pytest.raises(RuntimeError, match="SGD has no option `capturable`"):
         segvit.compiled_step(model, segvit.ATMLoss(3), torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_a_step_returns_the_edge_term_of_an_edge_aware_model():
+    kwargs = {"depth": 3, "embed_dim": 32, "num_heads": 2}
+    model = segvit.SegViT("vit_tiny_patch16_224", 3, 64, shrink="edge", decoder_layers=1, backbone_kwargs=kwargs)
+    model, loss = model.eval(), segvit.ATMLoss(3)  # without dropout
+    images, labels = batch(64)
+    want = loss(model(images), labels)
+    got = segvit.compiled_step(model, loss, adamw(model), backend="eager")(images, labels)
+    assert len(got.ce) == len(got.focal) == len(got.dice) == 2
+    same(got, want)
+    assert got.edge > 0
