@@ -141,7 +141,7 @@ def test_golden_backbone_alone_interpolates_positions_and_pads(golden):
     for i in range(3):
         with torch.no_grad():
             features = backbone(case[f"input/image{i}"])
-        for j, (tokens, grid) in enumerate(zip(*features)):
+        for j, (tokens, grid) in enumerate(zip(features.tokens, features.grids)):
             case.check(f"backbone/img{i}/out{j}", tokens.mT.unflatten(2, grid))
     for side in (32, 40, 30):
         case.check(f"pos/resized_24_to_{side}", resize_pos_embed(case["pos/in"], (side, side), (24, 24), 1))
