@@ -23,7 +23,7 @@ step() { # name, command…: log it, and go on after a failure
     if [ -n "$sanitizer" ]; then
         for tool in memcheck racecheck synccheck; do
             step "$tool" "$sanitizer" --tool "$tool" --error-exitcode 1 \
-                "$python" -m pytest -q -m gpu tests/test_token_resample.py -k "cuda_kernels_on_a_gpu and (44 or 4096)"
+                "$python" -m pytest -q -m gpu tests/test_token_resample_cuda.py -k "cuda_kernels_on_a_gpu and (44 or 4096)"
         done
     fi
     for bench in bench/*_kernel.py bench/inference.py bench/shrunk.py bench/train_step.py; do

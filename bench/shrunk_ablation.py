@@ -3,7 +3,7 @@
 python bench/shrunk_ablation.py DATA WEIGHTS    # a data set and a pretrained ViT-Tiny; an hour on two cores
 
 Each run trains on random crops at the crop's size and is scored twice: in windows of the crop, which suits v1's stored
-positions, and on whole images. A run that stands in the JSON already is not repeated.
+positions, and on whole images. A run of as many steps that stands in the JSON already is not repeated.
 """
 
 import argparse
@@ -64,7 +64,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "shrunk_ablation.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    found = json.loads(path.read_text()) if path.exists() else {}
+    rows = found["rows"] if found.get("steps") == arguments.steps else []
     for seed in range(arguments.seeds):
         for variant in VARIANTS:
             if any((row["variant"], row["seed"]) == (variant, seed) for row in rows):

@@ -1,6 +1,6 @@
 """The CUDA kernels of token_resample without a GPU: their arithmetic on CPU threads, their machine code, their library.
 
-With a GPU the tests of test_token_resample.py run the real thing.
+With a GPU the tests at the end run the real thing.
 """
 
 import ctypes
@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from test_token_resample import KEEPS as CELLS
+from test_token_resample import inputs, naive, naive_upsample, upsample_inputs
 
 from segvit.ops import token_downsample, token_upsample
 
@@ -207,3 +209,80 @@ def test_libraries_ask_for_the_stable_abi_alone(name):
     strange = [name for name in names if re.match(r"(c10|at|torch)::", name)]
     assert any(name.startswith("aoti_torch_") for name in names)
     assert not strange
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("C", [12, 44, 257, 768, 1024, 4096])
+@pytest.mark.parametrize("keep", [2, CELLS["repeated"]], ids=["stride", "repeated"])
+def test_cuda_kernels_on_a_gpu(dtype, C, keep):
+    """Values and gradients against float64, the same bits twice, for both operators."""
+    exact = [t.detach().to(dtype).double().requires_grad_() for t in inputs(C=C)]
+    want = naive(*exact, 1e-6, (5, 7), keep)
+    upstream = [torch.randn(t.shape).to(dtype) for t in want]
+    want = (*want, *torch.autograd.grad(want, exact, [t.double() for t in upstream]))
+    runs = []
+    for _ in range(2):
+        given = [t.detach().to("cuda", dtype).requires_grad_() for t in exact]
+        index = keep if isinstance(keep, int) else keep.cuda()
+        out = token_downsample(*given, 1e-6, (5, 7), index, backend="native")
+        runs.append((*out, *torch.autograd.grad(out, given, [t.cuda() for t in upstream])))
+    for a, b, expected in zip(*runs, want):
+        assert torch.equal(a, b)
+        error = (a.double().cpu() - expected).norm() / expected.norm()
+        assert error < 4 * torch.finfo(dtype).eps
+    extra = None if isinstance(keep, int) else keep
+    exact = [t.detach().to(dtype).double().requires_grad_() for t in upsample_inputs(C=C, extra=extra)]
+    want = naive_upsample(*exact, (5, 7), 2, extra)
+    upstream = torch.randn(want.shape).to(dtype)
+    given = [t.detach().to("cuda", dtype).requires_grad_() for t in exact]
+    got = token_upsample(*given, (5, 7), 2, None if extra is None else extra.cuda(), backend="native")
+    results = zip(
+        (got, *torch.autograd.grad(got, given, upstream.cuda())),
+        (want, *torch.autograd.grad(want, exact, upstream.double())),
+    )
+    for a, expected in results:
+        assert (a.double().cpu() - expected).norm() / expected.norm() < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("B", "P", "grid", "C"),
+    [(8, 1, (64, 64), 768), (1, 0, (5, 7), 1024), (1, 0, (5, 7), 517), (3, 2, (1, 1), 64), (2, 0, (33, 1), 2048)],
+)
+def test_cuda_kernels_at_many_rows_and_few(B, P, grid, C):
+    """More rows than are resident at once, a slot of the last block without a row, an unaligned view."""
+    buffer = torch.randn(B * (P + grid[0] * grid[1]) * C + 1, device="cuda")
+    x = buffer[1:].view(B, -1, C).requires_grad_()
+    weight, bias = (torch.randn(C, device="cuda", requires_grad=True) for _ in range(2))
+    for keep in (2, torch.randint(0, grid[0] * grid[1], (B, 3)).cuda(), torch.zeros(B, 0, dtype=torch.long).cuda()):
+        runs = []
+        for backend in ("native", "reference"):
+            out = token_downsample(x, weight, bias, 1e-6, grid, keep, backend=backend)
+            loss = sum((t * t).sum() for t in out)
+            runs.append((*out, *torch.autograd.grad(loss, (x, weight, bias))))
+        for a, b in zip(*runs):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_cuda_kernels_are_captured_in_a_graph():
+    """Forward and backward, replayed on a stream of their own."""
+    leaves = [t.detach().float().cuda().requires_grad_() for t in inputs()]
+    extra = CELLS["index"].cuda()
+
+    def there_and_back():
+        y, _, kept = token_downsample(*leaves, 1e-6, (5, 7), 2, backend="native")
+        kept = torch.cat([kept, kept[:, :4]], 1)
+        up = token_upsample(kept, y, (5, 7), 2, extra, backend="native")
+        return (up, *torch.autograd.grad((up * up).sum(), leaves))
+
+    want = [t.detach().clone() for t in there_and_back()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = there_and_back()
+    for t in got:
+        t.detach().zero_()
+    graph.replay()
+    for a, b in zip(got, want):
+        assert torch.equal(a, b)
