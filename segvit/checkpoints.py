@@ -7,46 +7,100 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from segvit.models import SegViT
 
+WEIGHTS = "model.safetensors"
 STATE = "training.pt"  # beside model.safetensors and config.json: what going on needs
 LABELS = "data.json"  # and how the labels of its data were read
 
 
 def save_checkpoint(
-    model: nn.Module, folder: str | Path, state: dict | None = None, labels: dict | None = None
+    model: nn.Module,
+    folder: str | Path,
+    state: dict | None = None,
+    labels: dict | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """safetensors + config.json in `folder`, complete or not at all: written beside it, then renamed.
+    """safetensors + config.json in `folder`, complete and on the disk, or not at all: written beside it, then renamed.
 
-    With a state, training can go on from there; `labels` is how the data were read, for evaluation.
+    With a state, training can go on from there; `labels` is how the data were read, for evaluation; `weights` are
+    written instead of the model's.
+
+    Raises:
+        OSError: it cannot be written; what was in `folder` before is still there.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
-    if state is not None:
-        torch.save(state, new / STATE)
-    if labels is not None:
-        (new / LABELS).write_text(json.dumps(labels, indent=2))
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in new.iterdir():  # safetensors writes files that nobody else may read
-        path.chmod(0o666 & ~umask)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(new, folder)
+    new, old = _beside(folder, "new"), _beside(folder, "old")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(new, ignore_errors=True)
+        _write(model, new, state, labels, weights)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(new, folder)
+    except Exception as error:  # safetensors and torch have errors of their own for a full disk
+        shutil.rmtree(new, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise OSError(f"{folder}: cannot write this checkpoint ({reason})") from error
+    _to_disk(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def restore(folder: Path) -> None:
-    """Put back what save_checkpoint had moved away when it was killed."""
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():
-        os.replace(old, folder)
+def _write(model: nn.Module, folder: Path, state, labels, weights) -> None:
+    if weights is None:
+        model.save_pretrained(folder)
+    else:
+        folder.mkdir()
+        save_file({name: w.contiguous() for name, w in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(model._hub_mixin_config, indent=2, sort_keys=True))
+    if state is not None:
+        torch.save(state, folder / STATE)
+    if labels is not None:
+        (folder / LABELS).write_text(json.dumps(labels, indent=2))
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)  # safetensors writes files that nobody else may read
+        _to_disk(path)
+    _to_disk(folder)
+
+
+def _to_disk(path: Path) -> None:
+    """What was written there outlives a power cut."""
+    try:
+        number = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder, on Windows
+        return
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A text file, complete or as it was before."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    _to_disk(new)
+    os.replace(new, path)
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+def clean(run: Path) -> None:
+    """Put back what save_checkpoint had moved away when it was killed, and remove what it had not finished."""
+    best = run / "best"
+    if _beside(best, "old").exists() and not best.exists():
+        os.replace(_beside(best, "old"), best)
+    for pattern in (".step_*.new", ".step_*.old", ".best.new", ".best.old"):
+        for folder in run.glob(pattern):
+            shutil.rmtree(folder)
 
 
 def step_folders(run: str | Path) -> list[Path]:
@@ -57,7 +111,8 @@ def step_folders(run: str | Path) -> list[Path]:
 def keep_newest(run: str | Path, count: int) -> None:
     """Remove all but the newest `count` step checkpoints."""
     for folder in step_folders(run)[:-count]:
-        shutil.rmtree(folder)
+        os.replace(folder, _beside(folder, "old"))  # never half a checkpoint under its own name
+        shutil.rmtree(_beside(folder, "old"))
 
 
 def load_state(folder: Path) -> dict:
@@ -67,12 +122,17 @@ def load_state(folder: Path) -> dict:
         ValueError: a damaged file.
     """
     try:
-        return torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises what its reader raises
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{folder / STATE}: cannot be read; --model {folder} starts from its weights ({reason})"
         ) from error
+    if not isinstance(state, dict) or not set(state) >= {"step", "seconds", "options", "optimizer", "ema", "skipped"}:
+        raise ValueError(
+            f"{folder / STATE}: not written by this version of segvit; --model {folder} starts from its weights"
+        )
+    return state
 
 
 def find_checkpoint(name: str | Path) -> Path | str:

@@ -44,8 +44,9 @@ class ATMLoss(nn.Module):
     Called with `out` (reads class_logits [S, B, N, K+1], mask_logits [S, B, N, h, w] and, when present, extent and
     edge_logits [B, h, w]) and labels [B, H, W] of any integer dtype. With several processes CE's sum of weights and the
     numbers of masks and patches are averaged over them in one all-reduce, so that DDP's mean is the loss of the joint
-    batch. A batch with nothing to learn gives every parameter a gradient all the same. Written to need no host sync
-    (but for debug); not yet run on a GPU.
+    batch. For gradient accumulation `divisors` has those of all parts (see the method of that name): then the sum of
+    the parts' losses is the loss of the whole. A batch with nothing to learn gives every parameter a gradient all the
+    same. Written to need no host sync (but for debug); not yet run on a GPU.
 
     Raises:
         ValueError: arguments that do not fit.
@@ -82,18 +83,15 @@ class ATMLoss(nn.Module):
         self.alpha, self.gamma, self.debug, self.edge_weight = alpha, gamma, debug, edge_weight
         self.register_buffer("weights", torch.cat([weights, torch.tensor([no_object_weight])]), persistent=False)
 
-    def forward(self, out, labels: Tensor) -> ATMLossOutput:
+    def forward(self, out, labels: Tensor, divisors: Tensor | None = None) -> ATMLossOutput:
         class_logits, mask_logits = out.class_logits, out.mask_logits
         edge_logits, extent = getattr(out, "edge_logits", None), getattr(out, "extent", None)
         self._check(class_logits, mask_logits, edge_logits, labels)
-        present = self._present(labels)
-        target = torch.where(present, torch.arange(self.num_classes, device=labels.device), self.num_classes)
-        weight = self.weights.to(labels.device)[target]  # [B, N]
-        sums = [weight.sum(), present.sum()]
-        if edge_logits is not None:
-            mixed, seen = mixed_patches(labels, self._counts(labels), edge_logits.shape[1:], extent)
-            sums.append(seen.sum())
-        total_weight, num_masks, *num_patches = _average_over_processes(*sums)
+        present, target, weight = self._targets(labels)
+        if divisors is None:
+            patches = None if edge_logits is None else (edge_logits.shape[1:], extent)
+            divisors = self.divisors(labels, patches)
+        total_weight, num_masks, *num_patches = divisors
         class_logits = class_logits if class_logits.dtype == torch.float64 else class_logits.float()
         log_probs = class_logits.log_softmax(-1)
         nll = -log_probs.gather(-1, target.expand(len(class_logits), -1, -1)[..., None])[..., 0]  # [S, B, N]
@@ -113,9 +111,27 @@ class ATMLoss(nn.Module):
         total = (ce + focal + dice).sum()
         if edge_logits is None:
             return ATMLossOutput(total, ce, focal, dice)
+        mixed, seen = mixed_patches(labels, self._counts(labels), edge_logits.shape[1:], extent)
         bce = F.binary_cross_entropy_with_logits(edge_logits, mixed.to(edge_logits.dtype), reduction="none")
         edge = self.edge_weight * (bce * seen).sum() / num_patches[0]
         return ATMLossOutput(total + edge, ce, focal, dice, edge)
+
+    def divisors(self, labels: Tensor, patches: tuple | None = None) -> Tensor:  # [2], with patches [3]
+        """What the terms are divided by: CE's sum of weights, the number of masks, and of patches that count.
+
+        Averaged over processes. labels [B, H, W]; patches: (grid, extent) of the model's edge logits, if it has any.
+        """
+        present, _, weight = self._targets(labels)
+        sums = [weight.sum(), present.sum()]
+        if patches is not None:
+            sums.append(mixed_patches(labels, self._counts(labels), *patches)[1].sum())
+        return _average_over_processes(*sums)
+
+    def _targets(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, N] each
+        """Which classes occur, what every class token should say, and its CE weight."""
+        present = self._present(labels)
+        target = torch.where(present, torch.arange(self.num_classes, device=labels.device), self.num_classes)
+        return present, target, self.weights.to(labels.device)[target]
 
     def _check(self, class_logits: Tensor, mask_logits: Tensor, edge_logits: Tensor | None, labels: Tensor) -> None:
         if class_logits.dim() != 4 or class_logits.shape[2:] != (self.num_classes, self.num_classes + 1):

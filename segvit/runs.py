@@ -3,25 +3,26 @@
 import difflib
 import json
 import os
+import secrets
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from segvit.checkpoints import (
+    clean,
     keep_newest,
     load_model,
     load_state,
     make_folder,
-    restore,
     save_checkpoint,
-    step_folders,
     with_classes,
 )
 from segvit.data.check import check_data, judge
@@ -33,10 +34,11 @@ from segvit.losses import ATMLoss
 from segvit.metrics import Scores
 from segvit.models import SegViT, create_model, list_models
 from segvit.models.segvit import as_pair
-from segvit.training import evaluate, fit
+from segvit.resume import HELD_OUT, compare_options, go_on, last_good, newest, own_files, stop_signals
+from segvit.training import COMPILE, evaluate, fit
 
 LABEL_OPTIONS = ("layout", "ignore_index", "label_map", "reduce_zero_label", "short_side")  # evaluation needs them too
-HELD_OUT = "held_out.csv"  # validation images of a run whose data has no val part
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 def train_folder(
@@ -62,20 +64,29 @@ def train_folder(
     scale: list[float] = [0.5, 2.0],  # noqa: B006  (never changed; a tuple would not read from YAML as it is shown)
     steps: int = 20000,
     batch_size: int = 8,
+    total_batch: int | None = None,
     lr: float = 1e-4,
     decoder_lr: float = 10.0,
+    layer_decay: float | None = None,
     weight_decay: float = 0.01,
     warmup: int | None = None,
     power: float = 1.0,
     clip: float = 35.0,
+    ema: float | None = None,
     ignored: str = "masked",
     precision: str | bool = "no",
+    compile: str | bool = "no",
+    fsdp: bool = False,
+    deterministic: bool = False,
     validate_every: int | None = None,
+    checkpoint_every: int | None = None,
     mode: str = "auto",
     stride: int | list[int] | None = None,
     keep: int = 2,
     resume: bool = False,
     overwrite: bool = False,
+    strict: bool = False,
+    trackers: str | list[str] | None = None,
     workers: int | None = None,
     seed: int = 0,
 ) -> dict:
@@ -107,22 +118,34 @@ def train_folder(
         short_side: resize images to this short side first, also in validation; as they are by default.
         scale: random resizing from, to.
         steps: optimizer steps.
-        batch_size: images a step and process.
+        batch_size: images that go through the model at once, in each process; a step, unless total_batch is larger.
+        total_batch: images a step, of all processes together; gradients of parts of batch_size images are added up.
         lr: learning rate of the backbone.
         decoder_lr: factor of lr for the decoder.
+        layer_decay: each block of the backbone learns at this factor of the block above it; 0.65 to 0.9 is usual. None:
+            all alike, as in the paper.
         weight_decay: not for the backbone's norms.
         warmup: steps; a twentieth by default.
         power: of the polynomial decay.
         clip: largest norm of the gradients.
+        ema: decay of a moving average of the weights, 0.999 say, which is validated and kept as the best then.
         ignored: masked leaves ignored pixels out of the masks' loss; negative counts them as the official code does.
         precision: no (float32), bf16 or fp16.
-        validate_every: steps between validations and checkpoints; a tenth of the run, at least 200, by default.
+        compile: no; model (torch.compile, goes with everything); or step: all of a training step at once, on a GPU as a
+            CUDA graph (one process, no fp16, batches in one piece).
+        fsdp: spread weights, gradients and optimizer state over the processes (FSDP2), for large models.
+        deterministic: the same numbers every time on a GPU, too, by slower algorithms where need be.
+        validate_every: steps between validations; a tenth of the run, at least 200, by default.
+        checkpoint_every: steps between checkpoints to go on from; there is one before every validation anyway.
         mode: of validation, whole, slide (windows of the crop) or auto (slide where images are large).
         stride: of validation windows.
         keep: how many of the newest checkpoints to keep, beside the best.
         resume: go on from the newest checkpoint in OUT, if there is one.
         overwrite: start anew although OUT has checkpoints, which are removed.
-        workers: processes that load data; by default none without a GPU, else up to 8.
+        strict: stop at a file that cannot be read; else it is left out, said and counted.
+        trackers: tensorboard, wandb or mlflow (or a list of them), which must be installed; beside OUT/log.jsonl.
+        workers: processes that load data; by default one for each CPU core that a process has, at most 8 (without a GPU
+            at most 1).
         seed: of weights, data order and augmentation.
 
     Returns:
@@ -135,26 +158,33 @@ def train_folder(
     options = json.loads(json.dumps(locals(), default=str))
     try:
         from accelerate import Accelerator
-        from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
+        from accelerate.utils import patch_environment, set_seed
     except ImportError as error:
         raise RuntimeError("training needs Accelerate: pip install 'segvit[train]'") from error
-    _check_options(steps, batch_size, keep, validate_every, scale, precision)
+    precision, compile = (
+        {"False": "no"}.get(str(name), name) for name in (precision, compile)
+    )  # YAML reads no as false
+    trackers = [trackers] if isinstance(trackers, str) else list(trackers or [])
+    _check_options(steps, batch_size, keep, validate_every, checkpoint_every, scale, precision, compile, ema, trackers)
+    fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate launch --use_fsdp
     set_seed(seed)
-    precision = {"False": "no"}.get(str(precision), precision)  # YAML reads no as false
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # one process checks the data, the others wait
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[patient])
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # ours works on a CPU, too, and loads any checkpoint
+        accelerator = Accelerator(
+            mixed_precision=precision, log_with=trackers or None, project_dir=out, cpu=_only_cpu()
+        )
+    step_batch, micro_batch = _batches(batch_size, total_batch, accelerator.num_processes)
     main, run = accelerator.is_main_process, Path(out)
-    newest = _newest(run, resume, overwrite)
-    state = None if newest is None else load_state(newest)
+    found = newest(run, resume, overwrite)
+    state = None if found is None else load_state(found)
     if state is not None:
-        _compare_options(state["options"], options, main)
-    held = run / HELD_OUT if newest is not None else None
+        compare_options(state["options"], options, main)
+    held = run / HELD_OUT if found is not None else None
     train, val, split = _parts(data, layout, classes, ignore_index, label_map, reduce_zero_label, val_fraction, held)
     network, size = _model(
         model,
         train.classes,
         crop,
-        newest,
+        found,
         backbone,
         pretrained={"true": True, "false": False}.get(str(pretrained).lower(), pretrained),
         shrink=shrink,
@@ -169,107 +199,166 @@ def train_folder(
     evaluation |= {} if mode == "whole" else {"crop_size": size, "stride": stride}
     plan_prediction(network, **evaluation)
     accelerator.wait_for_everyone()  # all have looked at the folder, before anybody writes to it
-    problem = [None]
     if main:
         make_folder(run)
-        problem = [_refusal(data, train, val) if check and newest is None else None]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(problem)
-    if problem[0]:
-        raise ValueError(problem[0])
+        clean(run)
+    problem = _from_main(accelerator, lambda: _refusal(data, train, val) if check and found is None else None)
+    if problem:
+        raise ValueError(problem)
     train.transform = TrainTransform(size, mean, std, ignore_index, scale, short_side)
     labels = {name: options[name] for name in LABEL_OPTIONS}
     best = {"miou": None, "checkpoint": str(run / "best")}
     if state is not None:
-        best["miou"] = _go_on(run, state, accelerator)
+        best["miou"] = go_on(run, state, accelerator)
     elif main:
-        for path in _own(run):
+        for path in own_files(run):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if split:
             write_table(run / HELD_OUT, val.pairs)
             share = f"{len(val)} of {len(train) + len(val)} images are held out"
             print(f"no val part: {share}, and named in {run / HELD_OUT}", file=sys.stderr)
 
-    def checkpoint(training: dict) -> None:
+    run_id = secrets.token_hex(4) if state is None else state["run_id"]
+    track = _tracking(accelerator, trackers, options, run_id)
+
+    def checkpoint(training: dict, weights: dict[str, Tensor]) -> None:
         if main:
-            save_checkpoint(network, run / f"step_{training['step']:08d}", training | {"options": options}, labels)
+            more = {"options": options, "run_id": run_id}
+            save_checkpoint(network, run / f"step_{training['step']:08d}", training | more, labels, weights)
             keep_newest(run, keep)
 
-    def validate(step: int) -> Scores:
+    def validate(step: int, evaluated: nn.Module) -> Scores:
         alone = accelerator.num_processes == 1  # else all must leave together
-        scores = evaluate(network, val, ignore_index, main, stopped if alone else lambda: False, **evaluation)
+        scores = evaluate(evaluated, val, ignore_index, main, stopped if alone else lambda: False, **evaluation)
         if best["miou"] is None or not scores.miou <= best["miou"]:
             best["miou"] = scores.miou
             if main:
-                save_checkpoint(network, run / "best", labels=labels)
+                save_checkpoint(evaluated, run / "best", labels=labels)
         accelerator.wait_for_everyone()
         return scores
 
-    with _stop_signals() as stopped, _last_good(run, main):
+    with stop_signals() as stopped, last_good(run, main), _deterministic(deterministic):
         records = fit(
             network,
             ATMLoss(len(train.classes), ignore_index, ignored),
             train,
             steps=steps,
-            batch_size=batch_size,
+            batch_size=step_batch,
+            micro_batch=micro_batch,
             lr=lr,
             weight_decay=weight_decay,
             decoder_lr=decoder_lr,
+            layer_decay=layer_decay,
             warmup=steps // 20 if warmup is None else warmup,
             power=power,
             clip=clip,
+            ema=ema,
+            compile=compile,
+            fsdp=fsdp,
             workers=_workers(accelerator.num_processes) if workers is None else workers,
+            strict=strict,
             seed=seed,
             accelerator=accelerator,
             log=run / "log.jsonl" if main else None,
+            track=track,
             validate=validate,
             validate_every=validate_every or max(steps // 10, 200),
             checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
             state=state,
             stopped=stopped,
         )
+    accelerator.end_training()
     return best | {"records": records, "main_process": main}
 
 
+def _only_cpu() -> bool:
+    """Several processes need to be told that there is no GPU for them."""
+    return not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _batches(batch_size: int, total: int | None, processes: int) -> tuple[int, int | None]:
+    """Images a step and process, and how many of them go through the model at once (None: all)."""
+    if total is None:
+        return batch_size, None
+    if total < 1 or total % processes:
+        raise ValueError(f"total_batch must be a multiple of the number of processes ({processes}), got {total}")
+    own = total // processes
+    return own, batch_size if batch_size < own else None
+
+
+def _from_main(accelerator, call: Callable[[], str | None]) -> str | None:
+    """What the main process finds, however long it takes; the others wait for it."""
+    found = [call() if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        patient = dist.new_group(timeout=timedelta(days=1), backend="gloo")
+        dist.broadcast_object_list(found, group=patient)
+        dist.destroy_process_group(patient)
+    return found[0]
+
+
+def _tracking(accelerator, trackers: list[str], options: dict, run_id: str) -> Callable[[dict], None] | None:
+    """Hands records to Accelerate's trackers."""
+    if not trackers:
+        return None
+    plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in options.items()}
+    accelerator.init_trackers("segvit", plain, {"wandb": {"id": run_id, "resume": "allow"}})
+
+    def track(record: dict) -> None:
+        accelerator.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+
+    return track
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
 def _check_options(
-    steps: int, batch_size: int, keep: int, validate_every: int | None, scale: Sequence[float], precision: str | bool
+    steps: int,
+    batch_size: int,
+    keep: int,
+    validate_every: int | None,
+    checkpoint_every: int | None,
+    scale: Sequence[float],
+    precision: str,
+    compile: str,
+    ema: float | None,
+    trackers: list[str],
 ) -> None:
-    if str(precision) not in ("no", "False", "bf16", "fp16"):
-        raise ValueError(f"precision must be no, bf16 or fp16, got {precision!r}")
+    for name, value, allowed in (("precision", precision, ("no", "bf16", "fp16")), ("compile", compile, COMPILE)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}")
     for name, value in (
         ("steps", steps),
         ("batch_size", batch_size),
         ("keep", keep),
         ("validate_every", validate_every),
+        ("checkpoint_every", checkpoint_every),
     ):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
         raise ValueError(f"scale must be [from, to], got {list(scale)}")
-
-
-def _own(run: Path) -> list[Path]:
-    """What a run wrote to its folder; nothing else in there is ever touched."""
-    folders = [path for path in (run / "best", *run.glob("step_*")) if (path / "config.json").is_file()]
-    return folders + [path for path in (run / "log.jsonl", run / HELD_OUT) if path.is_file()]
-
-
-def _newest(run: Path, resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to go on from; refuses to train over a run unless told to."""
-    if resume and overwrite:
-        raise ValueError("resume goes on with a run, overwrite removes it: choose one")
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"{run} is a file; choose another folder for --out")
-    if _own(run) and not (resume or overwrite):
-        raise ValueError(
-            f"{run} holds a run already: --resume goes on with it, --overwrite starts anew, or change --out"
-        )
-    found = step_folders(run)
-    if resume and not found and (run / "best").exists():
-        raise ValueError(
-            f"{run} has no step checkpoint to go on from: --model {run} with another --out starts from its best model"
-        )
-    return found[-1] if found and resume else None
+    if ema is not None and not 0 < ema < 1:
+        raise ValueError(f"ema must be between 0 and 1, as 0.999, got {ema}")
+    for name in trackers:
+        if name not in TRACKERS:
+            raise ValueError(f"trackers must be {', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}, got {name!r}")
+        if find_spec(name) is None:
+            raise ValueError(f"the tracker {name} is not installed: pip install {name}")
 
 
 def _parts(
@@ -337,90 +426,7 @@ def _refusal(data: str, train: SegmentationDataset, val: SegmentationDataset) ->
     return f"{problems[0]}{more}" if problems else None
 
 
-def _read_log(path: Path) -> list[dict]:
-    """Whole lines of a log; the last one may have been cut off."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def _go_on(run: Path, state: dict, accelerator) -> float | None:
-    """Cut from the log what came after the checkpoint, or was not validated yet; returns the best mIoU until then."""
-    records = _read_log(run / "log.jsonl")
-    accelerator.wait_for_everyone()  # all have read the log
-    step = state["step"]
-    records = [r for r in records if r["step"] < step or (r["step"] == step and "miou" in r)]
-    if records and records[-1]["step"] == step:
-        del state["record"]
-    if accelerator.is_main_process:
-        restore(run / "best")
-        (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    accelerator.wait_for_everyone()
-    if not (run / "best" / "config.json").is_file():
-        return None  # whatever comes next is the best there is
-    return max((record["miou"] for record in records if record.get("miou") is not None), default=None)
-
-
-def _compare_options(old: dict, new: dict, main: bool) -> None:
-    """Going on with other options is allowed, and said; but not with another model."""
-    elsewhere = (
-        "data",
-        "out",
-        "resume",
-        "overwrite",
-        "check",
-        "workers",
-        "keep",
-        "activation_checkpointing",
-        "pretrained",
-    )
-    for name, value in new.items():
-        if name in elsewhere or old.get(name) == value:
-            continue
-        if name in ("model", "backbone", "shrink", "edge_budget", "drop_path", "freeze_backbone"):
-            raise ValueError(f"a run goes on with its own model: {name} was {old.get(name)}, and cannot become {value}")
-        if main:
-            print(f"resuming with {name} {value}, which was {old.get(name)}", file=sys.stderr)
-
-
-@contextmanager
-def _last_good(run: Path, main: bool) -> Iterator[None]:
-    """Say with what stops a training where it can go on."""
-    try:
-        yield
-    except (FloatingPointError, KeyboardInterrupt) as error:
-        if not main:
-            raise
-        kept = step_folders(run)
-        where = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-        raise type(error)(f"{error}; {where}") from error
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C (or SIGTERM) asks to stop after the step; a second one stops at once."""
-    asked = threading.Event()
-
-    def handle(number, frame):
-        if asked.is_set():
-            raise KeyboardInterrupt("stopped at once")
-        asked.set()
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _workers(processes: int) -> int:
-    return min(8, (os.cpu_count() or 1) // processes) if torch.cuda.is_available() else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // processes
+    return min(8, share) if torch.cuda.is_available() else min(1, share // 2)

@@ -85,7 +85,7 @@ class _Step:
         if compiled:
             self.forward = torch.compile(self._forward, fullgraph=True, dynamic=False, backend=backend)
         self.graphs = {} if graph else None  # by shape and options: steps so far, or what was captured
-        self.rates = []
+        self.rates, self.norm = [], None  # norm: of the last step's gradients, 0-d; 0 without clip
         if graph:
             self.stream, self.pool = _side_stream(self.device), None
             self._make_capturable()
@@ -121,25 +121,27 @@ class _Step:
         edge = [] if terms.edge is None else [terms.edge[None]]
         return torch.cat([terms.total[None], terms.ce, terms.focal, terms.dice, *edge])
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:  # total; ce, focal, dice of every stage; edge
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:  # total; ce, focal, dice of every stage; edge; norm
         enabled = self.autocast is not None  # without the cache of casts, which would outlive a captured step
         casts = torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled, cache_enabled=False)
         shapes = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)  # no limit
         with casts, shapes:
             packed = self.forward(images, labels)
         packed[0].backward()
+        norm = packed.new_zeros(())
         if self.clip is not None:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.clip)
+            norm = nn.utils.clip_grad_norm_(parameters, self.clip)
         self.optimizer.step()
         self._zero_grad()
-        return packed.detach()
+        return torch.cat([packed.detach(), norm.detach()[None]])
 
     def _zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)  # what the optimizer does not have, too
 
     def _split(self, packed: Tensor) -> ATMLossOutput:
+        packed, self.norm = packed[:-1], packed[-1]
         stages, with_edge = divmod(len(packed) - 1, 3)
         per_stage = packed[1 : 1 + 3 * stages].chunk(3)
         return ATMLossOutput(packed[0], *per_stage, packed[-1] if with_edge else None)

@@ -1,23 +1,28 @@
 """The training loop, and evaluation on a data set."""
 
-import hashlib
 import json
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from segvit.data.stream import Stream, mix
 from segvit.inference import predict
-from segvit.losses import ATMLoss
+from segvit.losses import ATMLoss, ATMLossOutput
 from segvit.metrics import BoundaryIoU, ConfusionMatrix, Scores
+from segvit.step import compiled_step
+from segvit.weights import Weights, load_optimizer_state, optimizer_state, shard, whole
 
 RECORD_EVERY = 10  # steps; elsewhere nothing waits for the device
+COMPILE = ("no", "model", "step")
 
 
 def polynomial(steps: int, warmup: int = 0, power: float = 1.0) -> Callable[[int], float]:
@@ -38,19 +43,27 @@ def fit(
     *,
     steps: int,
     batch_size: int = 8,
+    micro_batch: int | None = None,
     lr: float = 2e-5,
     weight_decay: float = 0.01,
     decoder_lr: float = 10.0,
+    layer_decay: float | None = None,
     warmup: int = 0,
     power: float = 1.0,
     clip: float = 35.0,
+    ema: float | None = None,
+    compile: str = "no",
+    fsdp: bool = False,
     workers: int = 0,
+    strict: bool = False,
     seed: int = 0,
     accelerator=None,
     log: Path | None = None,
-    validate: Callable[[int], Scores] | None = None,
+    track: Callable[[dict], None] | None = None,
+    validate: Callable[[int, nn.Module], Scores] | None = None,
     validate_every: int | None = None,
-    checkpoint: Callable[[dict], None] | None = None,
+    checkpoint: Callable[[dict, dict[str, Tensor]], None] | None = None,
+    checkpoint_every: int | None = None,
     state: dict | None = None,
     stopped: Callable[[], bool] = lambda: False,
     description: str = "training",
@@ -65,158 +78,256 @@ def fit(
         model: a SegViT.
         loss: its ATMLoss.
         data: samples (image float [C, H, W], labels int64 [H, W]) of one size.
-        steps, batch_size, lr, weight_decay, decoder_lr (× lr), warmup (steps), power, clip (gradient norm): the recipe;
-            batch_size counts for each process.
+        steps, batch_size, lr, weight_decay, decoder_lr (× lr), layer_decay, warmup (steps), power, clip (gradient
+            norm): the recipe; batch_size counts for each process.
+        micro_batch: images that go through the model at once; gradients of a batch's parts add up to exactly those of
+            the whole batch. None: all.
+        ema: decay of a moving average of the weights, which is what is validated then; None: none.
+        compile: "no"; "model" (torch.compile, with any other option); or "step": compiled_step, a CUDA graph on a GPU.
+        fsdp: spread parameters, gradients and optimizer state over the processes (FSDP2).
         workers: processes that load data.
+        strict: a sample that cannot be read stops the training; else it is left out, said and counted.
         seed: of the data order, augmentation and dropout.
         accelerator: an accelerate.Accelerator for device, precision and processes; None: where the model is.
         log: file to which every record is added as one line of JSON when it is made.
-        validate: called with the step, every `validate_every` steps and after the last; the bar shows its mIoU.
-        checkpoint: called with a state before every validation, and when training is stopped.
+        track: called with every record.
+        validate: called with the step and the model to validate, every `validate_every` steps and after the last; the
+            bar shows its mIoU.
+        checkpoint: called with a state and all weights before every validation, every `checkpoint_every` steps, and
+            when training is stopped.
         state: of an earlier `checkpoint`, to go on from; the model must have its weights already.
         stopped: asked after every step; true ends the training after a checkpoint.
         description: of the progress bar.
 
     Returns:
-        One record every ten steps and at validations: step, loss, ce, focal, dice (last stage), lr, seconds, and miou.
+        One record every ten steps and at validations: step, loss, ce, focal, dice (last stage), lr, seconds, waiting
+        (share of the time since the last record that was spent waiting for data), skipped (samples that could not be
+        read, so far, if any), and miou.
 
     Raises:
         FloatingPointError: loss or gradients are no longer finite; names the files of the first such step.
         KeyboardInterrupt: `stopped` said so.
+        ValueError: options that do not go together; a sample that cannot be read, if strict; else ten in a row.
     """
-    groups = model.parameter_groups(lr, weight_decay, decoder_lr)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999))
-    rates, factor = [group["lr"] for group in groups], polynomial(steps, warmup, power)
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    network = model
-    if accelerator is not None:
-        network, optimizer = accelerator.prepare(model, optimizer)
-    scaler = getattr(accelerator, "scaler", None)
-    done = 0
+    optimization = _Optimization(
+        model, loss, accelerator, (lr, weight_decay, decoder_lr, layer_decay), clip, micro_batch, ema, compile, fsdp
+    )
+    done, skipped = 0, 0
     if state is not None:
-        done = state["step"]
-        optimizer.load_state_dict(state["optimizer"])
-        for group, asked in zip(optimizer.param_groups, groups):
-            group["weight_decay"] = asked["weight_decay"]
-        if scaler is not None and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-    stream = _Stream(data, batch_size, seed, rank, processes)
-    device = next(model.parameters()).device
-    loss = loss.to(device)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    first_bad = torch.zeros((), dtype=torch.int64, device=device)
-    records, miou, validating = [], None, 0.0
-    start = time.perf_counter() - (state["seconds"] if state else 0.0)
+        done, skipped = state["step"], state["skipped"]
+        optimization.load(state)
+    optimization.weights.start(None if state is None else state["ema"])
+    factor = polynomial(steps, warmup, power)
+    stream = Stream(data, batch_size, seed, rank, processes, strict)
+    first_bad = torch.zeros((), dtype=torch.int64, device=optimization.device)
+    records, miou = [], None
+    clock = _Clock(state["seconds"] if state else 0.0)
 
     def due(step: int) -> bool:
         return step == steps or bool(validate_every and step % validate_every == 0)
 
     def save(record: dict) -> None:
-        if not all(p.isfinite().all() for p in parameters):
+        weights, average = optimization.weights.state()
+        if not all(value.isfinite().all() for value in weights.values()):
             raise FloatingPointError(
                 f"the weights are no longer finite at step {record['step']}; lower the learning rate"
             )
         if checkpoint is not None:
-            scaling = None if scaler is None else scaler.state_dict()
-            now = {"step": record["step"], "seconds": record["seconds"], "record": dict(record)}
-            checkpoint(now | {"optimizer": optimizer.state_dict(), "scaler": scaling})
+            now = {"step": record["step"], "seconds": record["seconds"], "record": dict(record), "skipped": skipped}
+            checkpoint(now | {"ema": average} | optimization.state(), weights)
 
     def finish(record: dict, stops: bool) -> float | None:
         """Validate if it is time, and keep the record."""
-        nonlocal validating
         if due(record["step"]) and validate is not None and not stops:
-            before = time.perf_counter()
-            record["miou"] = _or_none(validate(record["step"]).miou)
-            validating += time.perf_counter() - before
+            with clock.paused():
+                record["miou"] = _or_none(validate(record["step"], optimization.weights.evaluated()).miou)
         records.append(record)
         if log is not None:
             with log.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+        if track is not None:
+            track(record)
         return record.get("miou", miou)
 
     if state and "record" in state:  # training ended between this checkpoint and its validation
-        miou, validating = finish(dict(state["record"]), False), 0.0
+        miou = finish(dict(state["record"]), False)
     quiet = accelerator is not None and not accelerator.is_main_process
+    batches = stream.batches(done, steps, workers)
     with tqdm(total=steps, initial=done, desc=description, unit="step", disable=quiet) as bar:
-        for step, (images, labels) in enumerate(stream.batches(done, steps, workers), done + 1):
-            torch.manual_seed(_mix(seed, "step", step, rank))
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * factor(step - 1)
-            network.train()
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            terms = loss(network(images), labels)
-            if accelerator is None:
-                terms.total.backward()
-            else:
-                accelerator.backward(terms.total)
-            norm = (nn.utils.clip_grad_norm_ if accelerator is None else accelerator.clip_grad_norm_)(parameters, clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            finite = terms.total.detach().isfinite()
-            if scaler is None:  # a scaler meets infinite gradients on purpose, and skips the step
-                finite = finite & norm.isfinite()
+        for step in range(done + 1, steps + 1):
+            with clock.waiting():
+                images, labels, unread = next(batches)
+            for problem in unread:
+                skipped += 1
+                tqdm.write(f"left out at step {step} ({skipped} so far): {problem}", file=sys.stderr)
+            torch.manual_seed(mix(seed, "step", step, rank))
+            terms, finite = optimization.step(images, labels, factor(step - 1))
+            optimization.weights.update(step)
             first_bad = torch.where(finite | (first_bad > 0), first_bad, step)
             bar.update()
             stops = _agree(stopped, accelerator, step)
-            if step % RECORD_EVERY == 0 or due(step) or stops:
+            saves = due(step) or stops or bool(checkpoint_every and step % checkpoint_every == 0)
+            if step % RECORD_EVERY == 0 or saves:
                 if first_bad.item():
                     raise FloatingPointError(_blame(stream, int(first_bad), terms.total.item()))
-                record = {"step": step, **_values(terms), "lr": rates[0] * factor(step - 1)}
-                record["seconds"] = time.perf_counter() - start
-                if due(step) or stops:
-                    save(record)
+                record = {"step": step, **_values(terms), "lr": lr * factor(step - 1), "seconds": clock.seconds()}
+                record |= {"waiting": clock.waited_share()} | ({"skipped": skipped} if skipped else {})
+                if saves:
+                    with clock.paused():
+                        save(record)
                 miou = finish(record, stops)
-                seconds = max(bar.format_dict["elapsed"] - validating, 1e-3)
-                speed = (step - done) * batch_size * processes / seconds
+                speed = (step - done) * batch_size * processes / clock.training()
                 shown = {"loss": f"{record['loss']:.2f}", "img/s": f"{speed:.1f}"}
+                shown |= {"data wait": f"{100 * record['waiting']:.0f}%"}
                 bar.set_postfix(shown | ({} if miou is None else {"mIoU": f"{miou:.3f}"}))
             if stops:
                 raise KeyboardInterrupt(f"stopped at step {step}")
     return records
 
 
-def _mix(*parts) -> int:
-    """A seed of its own for every combination of parts."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
+class _Optimization:
+    """One optimizer step of a model, on one process or many: parts of a batch forward and backward, clipping, AdamW."""
+
+    def __init__(self, model, loss, accelerator, rates, clip, micro_batch, ema, compile, fsdp):
+        if compile not in COMPILE:
+            raise ValueError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
+        processes = 1 if accelerator is None else accelerator.num_processes
+        precision = "no" if accelerator is None else accelerator.mixed_precision
+        _check_together(compile, fsdp, processes, precision, micro_batch)
+        if accelerator is not None:
+            model.to(accelerator.device)
+        self.model, self.accelerator, self.clip, self.micro_batch = model, accelerator, clip, micro_batch
+        self.device = next(model.parameters()).device
+        self.loss, self.fsdp = loss.to(self.device), fsdp
+        self.weights = Weights(model, ema, fsdp)
+        if fsdp:
+            shard(model)
+        groups = model.parameter_groups(*rates)
+        self.rates, self.decays = ([group[name] for group in groups] for name in ("lr", "weight_decay"))
+        self.plain = torch.optim.AdamW(groups, lr=rates[0], betas=(0.9, 0.999))  # as torch knows it
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.network, self.optimizer, self.compiled = model, self.plain, None
+        if compile == "step":
+            half = torch.bfloat16 if precision == "bf16" else None
+            self.compiled = compiled_step(model, self.loss, self.plain, clip, half)
+            return
+        if compile == "model":
+            self.network = torch.compile(model)
+        if accelerator is not None:
+            self.optimizer = accelerator.prepare(self.plain)
+            self.network = self.network if fsdp else accelerator.prepare(self.network)
+
+    @property
+    def scaler(self):
+        """Of gradients, with fp16; it meets infinite ones on purpose, and skips the step."""
+        return getattr(self.accelerator, "scaler", None)
+
+    def state(self) -> dict:
+        scaling = None if self.scaler is None else self.scaler.state_dict()
+        return {"optimizer": optimizer_state(self.model, self.plain), "scaler": scaling}
+
+    def load(self, state: dict) -> None:
+        load_optimizer_state(self.model, self.plain, state["optimizer"])
+        for group, decay in zip(self.plain.param_groups, self.decays):
+            group["weight_decay"] = decay
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def step(self, images: Tensor, labels: Tensor, factor: float) -> tuple[ATMLossOutput, Tensor]:
+        """Loss terms, and whether they and the gradients are finite (0-d bool)."""
+        for group, rate in zip(self.plain.param_groups, self.rates):
+            group["lr"] = rate * factor
+        self.model.train()
+        images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
+        if self.compiled is not None:
+            terms = self.compiled(images, labels)
+            return terms, terms.total.isfinite() & self.compiled.norm.isfinite()
+        terms = self._gradients(images, labels)
+        clip = nn.utils.clip_grad_norm_ if self.accelerator is None else self.accelerator.clip_grad_norm_
+        norm = whole(clip(self.parameters, self.clip))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        finite = terms.total.isfinite()
+        return terms, finite if self.scaler is not None else finite & norm.isfinite()
+
+    def _gradients(self, images: Tensor, labels: Tensor) -> ATMLossOutput:
+        """Loss terms of a batch, whose gradients are added to the parameters', a part of it at a time."""
+        size = self.micro_batch or len(images)
+        divisors, found = (), None
+        if size < len(images):
+            divisors = (self.loss.divisors(labels, self.model.edge_patches(images.shape[-2:])),)
+        parts = list(zip(images.split(size), labels.split(size)))
+        for i, part in enumerate(parts, 1):
+            with self._exchange(i == len(parts)):
+                with nullcontext() if self.accelerator is None else self.accelerator.autocast():
+                    out = self.network(part[0])
+                terms = self.loss(out, part[1], *divisors)
+                if self.accelerator is None:
+                    terms.total.backward()
+                else:
+                    self.accelerator.backward(terms.total)
+            terms = [None if term is None else term.detach() for term in terms]
+            found = terms if found is None else [a if b is None else a + b for a, b in zip(found, terms)]
+        return ATMLossOutput(*found)
+
+    def _exchange(self, now: bool) -> AbstractContextManager:
+        """Processes exchange gradients in this backward pass, or not yet."""
+        if self.fsdp:
+            self.model.set_requires_gradient_sync(now)
+        waits = self.accelerator is not None and not now and not self.fsdp
+        return self.accelerator.no_sync(self.network) if waits else nullcontext()
 
 
-class _Stream(Dataset):
-    """Samples in an endless order: epoch after epoch, each a permutation. Position p is the same sample, augmented in
+def _check_together(compile: str, fsdp: bool, processes: int, precision: str, micro_batch: int | None) -> None:
+    """Refuse what cannot be done together, before anything runs."""
+    reasons = {
+        "several processes": processes > 1,
+        "micro batches": micro_batch is not None,
+        "fp16": precision == "fp16",
+    }
+    for what, there in reasons.items():
+        if compile == "step" and there:
+            raise ValueError(f"compile=step does not go with {what}; compile=model does")
+    if fsdp and processes == 1:
+        raise ValueError("fsdp spreads a model over processes, and there is one; start several with torchrun")
+    if fsdp and precision == "fp16":
+        raise ValueError("fsdp does not go with fp16; bf16 does")
 
-    the same way, whoever asks; a batch of all processes is a run of consecutive positions.
-    """
 
-    def __init__(self, data: Dataset, batch_size: int, seed: int, rank: int, processes: int):
-        self.data, self.batch_size, self.seed, self.rank, self.processes = data, batch_size, seed, rank, processes
-        self._epoch, self._order = -1, []
+class _Clock:
+    """Seconds of a training, and how many of them it waited for data; validation and checkpoints count in neither."""
 
-    def index(self, position: int) -> int:
-        """Which sample of the data set is at a position."""
-        epoch, i = divmod(position, len(self.data))
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(_mix(self.seed, "order", epoch))
-            self._epoch, self._order = epoch, torch.randperm(len(self.data), generator=generator).tolist()
-        return self._order[i]
+    def __init__(self, before: float):
+        self.start = time.perf_counter() - before
+        self.begun, self.pauses, self.waited = time.perf_counter(), 0.0, 0.0
+        self.mark = (self.begun, 0.0, 0.0)
 
-    def __getitem__(self, position: int):
-        generator = torch.default_generator
-        before = generator.get_state()
-        generator.manual_seed(_mix(self.seed, "sample", position))
-        try:
-            return self.data[self.index(position)]
-        finally:
-            generator.set_state(before)
+    def seconds(self) -> float:
+        """Of the whole run, with what ran before it was resumed."""
+        return time.perf_counter() - self.start
 
-    def positions(self, step: int) -> range:
-        """Of all processes at a step, counted from 1."""
-        whole = self.batch_size * self.processes
-        return range((step - 1) * whole, step * whole)
+    def training(self) -> float:
+        return max(time.perf_counter() - self.begun - self.pauses, 1e-3)
 
-    def batches(self, done: int, steps: int, workers: int) -> DataLoader:
-        """This process's batches of the steps after `done`."""
-        own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        sampler = (list(self.positions(step)[own]) for step in range(done + 1, steps + 1))
-        return DataLoader(self, batch_sampler=sampler, num_workers=workers, pin_memory=torch.cuda.is_available())
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.pauses += time.perf_counter() - before
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    def waited_share(self) -> float:
+        """Since it was last asked."""
+        now = (time.perf_counter(), self.pauses, self.waited)
+        passed, pauses, waited = (new - old for new, old in zip(now, self.mark))
+        self.mark = now
+        return round(waited / max(passed - pauses, 1e-6), 4)
 
 
 def _agree(stopped: Callable[[], bool], accelerator, step: int) -> bool:
@@ -228,7 +339,7 @@ def _agree(stopped: Callable[[], bool], accelerator, step: int) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(stopped()), device=accelerator.device)).item())
 
 
-def _blame(stream: _Stream, step: int, loss: float) -> str:
+def _blame(stream: Stream, step: int, loss: float) -> str:
     """What to say when training broke down at a step."""
     pairs = getattr(stream.data, "pairs", None)
     found = sorted({stream.index(position) for position in stream.positions(step)})

@@ -16,7 +16,8 @@ from segvit.data import Shapes
 from segvit.data.layouts import find_pairs
 from segvit.metrics import Scores
 from segvit.models import list_models
-from segvit.runs import _stop_signals, train_folder
+from segvit.resume import stop_signals
+from segvit.runs import train_folder
 
 NO_SCORES = (0.5, 0.5, 0.5, [], [], [])
 TINY = {"backbone": "test_vit", "pretrained": False, "crop": 32, "batch_size": 2}
@@ -270,7 +271,7 @@ def test_ctrl_c_in_a_validation_leaves_it(shapes_folder, tmp_path, monkeypatch, 
 
 
 def test_a_second_ctrl_c_stops_at_once():
-    with _stop_signals() as stopped:
+    with stop_signals() as stopped:
         assert not stopped()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopped()

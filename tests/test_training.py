@@ -6,8 +6,9 @@ from PIL import Image
 
 import segvit
 from segvit.data import Shapes
+from segvit.data.stream import Stream
 from segvit.demo import run_demo, small_model
-from segvit.training import _Stream, evaluate, fit, polynomial
+from segvit.training import evaluate, fit, polynomial
 
 
 class Cropped(Shapes):
@@ -59,7 +60,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_what_it_saw(bad_step)
             return (image * float("nan") if i == bad else image), labels
 
     data = Poisoned(64, 32)
-    order = _Stream(data, 2, 0, 0, 1)
+    order = Stream(data, 2, 0, 0, 1)
     seen = [order.index(position) for position in order.positions(bad_step)]
     bad = seen[1]
     names = ", ".join(f"image_{i}.png" for i in sorted(seen))
@@ -86,7 +87,9 @@ def test_weights_that_are_not_finite_are_not_kept():
 
     saved, m = [], model()
     with pytest.raises(FloatingPointError, match="the weights are no longer finite at step 1; lower the learning rate"):
-        fit(m, Ruining(6), Cropped(16, 32), steps=1, batch_size=2, checkpoint=saved.append)
+        fit(
+            m, Ruining(6), Cropped(16, 32), steps=1, batch_size=2, checkpoint=lambda state, weights: saved.append(state)
+        )
     assert not saved
 
 
@@ -95,36 +98,12 @@ def test_fewer_samples_than_a_batch_still_train():
     assert records[-1]["step"] == 4
 
 
-def test_every_epoch_is_a_permutation_and_processes_share_it():
-    data = Cropped(10, 32)
-    stream = _Stream(data, 2, 7, 0, 1)
-    epochs = [[stream.index(10 * epoch + i) for i in range(10)] for epoch in range(3)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert [_Stream(data, 2, 8, 0, 1).index(i) for i in range(10)] != epochs[0]
-    shares = [_Stream(data, 2, 7, rank, 2) for rank in (0, 1)]
-    batches = [list(share.batches(1, 3, 0).batch_sampler) for share in shares]
-    assert batches == [[[4, 5], [8, 9]], [[6, 7], [10, 11]]]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_what_is_drawn_depends_on_the_step_alone(workers):
-    def noisy(image, labels):
-        return image.float() / 127.5 - 1 + torch.randn(image.shape), labels
-
-    stream = _Stream(Shapes(10, 32, transform=noisy), 2, 7, 0, 1)
-    want = [stream[position][0] for position in range(6, 10)]
-    torch.manual_seed(99)
-    got = torch.cat([images for images, _ in stream.batches(3, 5, workers)])
-    assert torch.equal(got, torch.stack(want))
-
-
 def test_training_that_goes_on_repeats_the_run_that_never_stopped(tmp_path):
     """Bit for bit, with dropout, drop path and augmentation."""
     saved = {}
 
-    def keep(state):
-        saved[state["step"]] = (copy.deepcopy(m.state_dict()), copy.deepcopy(state))
+    def keep(state, weights):
+        saved[state["step"]] = copy.deepcopy((weights, state))
 
     def train(**kwargs):
         return fit(m, segvit.ATMLoss(6), data, steps=12, batch_size=4, lr=1e-3, validate_every=6, **kwargs)
@@ -152,7 +131,7 @@ def test_stopping_keeps_a_checkpoint(tmp_path):
             Cropped(16, 32),
             steps=12,
             batch_size=2,
-            checkpoint=saved.append,
+            checkpoint=lambda state, weights: saved.append(state),
             stopped=lambda: next(asked),
         )
     assert [state["step"] for state in saved] == [3]

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import math
+import re
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
@@ -216,19 +218,42 @@ class SegViT(
         extent = (images.shape[2] / patch[0], images.shape[3] / patch[1])
         return SegViTOutput(class_logits, mask_logits.unflatten(-1, (h, w)), extent, features.edge_logits)
 
-    def parameter_groups(self, lr: float = 2e-5, weight_decay: float = 0.01, decoder_lr: float = 10.0) -> list[dict]:
-        """The paper's groups for AdamW: decoder at decoder_lr × lr, the backbone's norms without weight decay."""
+    def edge_patches(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[float, float]] | None:
+        """Grid of the edge logits of images of this size, and the part of it that they cover; None: no edge logits."""
+        if self.select is None:
+            return None
+        extent = tuple(side / patch for side, patch in zip(size, self.backbone.patch_size))
+        return tuple(math.ceil(cells) for cells in extent), extent
+
+    def parameter_groups(
+        self,
+        lr: float = 2e-5,
+        weight_decay: float = 0.01,
+        decoder_lr: float = 10.0,
+        layer_decay: float | None = None,
+    ) -> list[dict]:
+        """The paper's groups for AdamW: decoder at decoder_lr × lr, the backbone's norms without weight decay.
+
+        With layer_decay, block i of n learns at lr × layer_decay^(n − 1 − i), and what is before the blocks at lr ×
+        layer_decay^n, as is usual where a pretrained ViT is tuned.
+        """
         norms = {
             id(p) for m in self.backbone.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)
         }
-        body = [p for p in self.backbone.parameters() if p.requires_grad]
-        head = [p for name, p in self.named_parameters() if not name.startswith("backbone.") and p.requires_grad]
-        groups = [
-            {"params": [p for p in body if id(p) not in norms], "lr": lr, "weight_decay": weight_decay},
-            {"params": [p for p in body if id(p) in norms], "lr": lr, "weight_decay": 0.0},
-            {"params": head, "lr": lr * decoder_lr, "weight_decay": weight_decay},
-        ]
-        return [group for group in groups if group["params"]]
+        depth = len(self.backbone.model.blocks)
+        groups: dict[tuple, dict] = {}
+        for name, p in self.named_parameters():
+            if not p.requires_grad:
+                continue
+            body, norm = name.startswith("backbone."), id(p) in norms
+            block = re.match(r"backbone\.model\.blocks\.(\d+)\.", name)
+            below = 0  # blocks between this parameter and the features
+            if body and layer_decay is not None and not name.startswith("backbone.model.norm."):
+                below = depth - 1 - int(block[1]) if block else depth
+            rate = lr * (layer_decay**below if below else 1) * (1 if body else decoder_lr)
+            own = {"params": [], "lr": rate, "weight_decay": 0.0 if norm else weight_decay}
+            groups.setdefault((not body, below, norm), own)["params"].append(p)
+        return [groups[key] for key in sorted(groups)]
 
 
 def _check(num_classes, in_chans, decoder_layers, shrink, edge_budget, dropout, drop_path, class_names) -> None:
