@@ -270,7 +270,7 @@ def _evaluate_arguments(parser: Parser) -> None:
 def _evaluate(arguments) -> None:
     from segvit.checkpoints import load_labels
     from segvit.data.layouts import has_part, open_data
-    from segvit.training import evaluate
+    from segvit.evaluation import evaluate
 
     model = _load(arguments.checkpoint, arguments.device)
     remembered = load_labels(arguments.checkpoint)

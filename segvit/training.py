@@ -1,11 +1,10 @@
-"""The training loop, and evaluation on a data set."""
+"""The training loop."""
 
 import hashlib
 import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,9 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from segvit.inference import predict
 from segvit.losses import ATMLoss
-from segvit.metrics import BoundaryIoU, ConfusionMatrix, Scores
+from segvit.metrics import Scores
 
 RECORD_EVERY = 10  # steps; elsewhere nothing waits for the device
 
@@ -246,44 +244,3 @@ def _values(terms) -> dict[str, float]:
 def _or_none(value: float) -> float | None:
     """NaN is no JSON."""
     return None if value != value else value
-
-
-def evaluate(
-    model: nn.Module,
-    data: Dataset,
-    ignore_index: int = 255,
-    progress: bool = True,
-    stopped: Callable[[], bool] = lambda: False,
-    boundary: float | None = None,
-    **options,
-) -> Scores:
-    """mIoU, mAcc, aAcc and per-class scores of a model on a data set, from counts that stay on the model's device.
-
-    Args:
-        model: a SegViT.
-        data: samples (image uint8 [C, H, W], labels [H, W]) of any sizes.
-        ignore_index: label that does not count.
-        progress: show a progress bar.
-        stopped: asked after every image; true raises KeyboardInterrupt.
-        boundary: also the boundary IoU within this share of the image's diagonal (0.02 in the paper).
-        options: of segvit.predict, such as mode, crop_size, stride, short_side, scales, flip.
-
-    Raises:
-        ValueError: labels of another size than their image, or options that predict refuses.
-    """
-    device = next(model.parameters()).device
-    matrix = ConfusionMatrix(model.num_classes, ignore_index, device)
-    edges = None if boundary is None else BoundaryIoU(model.num_classes, ignore_index, device, boundary)
-    for i in tqdm(range(len(data)), desc="evaluating", unit="image", disable=not progress, leave=False):
-        image, labels = data[i]
-        labels, predicted = labels.to(device), predict(model, image[None], **options)[0]
-        matrix.update(predicted, labels)
-        if edges is not None:
-            edges.update(predicted, labels)
-        if stopped():
-            raise KeyboardInterrupt("stopped during an evaluation")
-    scores = matrix.compute()
-    if edges is None:
-        return scores
-    per_class = edges.compute()
-    return replace(scores, boundary_iou=per_class, boundary_miou=torch.tensor(per_class).nanmean().item())
