@@ -21,9 +21,10 @@ from torch import Tensor, nn
 import segvit
 from segvit.data.layouts import open_data
 from segvit.data.transforms import TrainTransform
+from segvit.evaluation import evaluate
 from segvit.losses import ATMLossOutput
 from segvit.models.segvit import SegViTOutput
-from segvit.training import evaluate, fit
+from segvit.training import fit
 
 BACKBONE = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 CROP = (192, 256)

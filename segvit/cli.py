@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ EXAMPLES = {
     "demo": "segvit demo --out demo",
     "check-data": "segvit check-data DATA --picture check.png",
     "train": "segvit train DATA --backbone vit_tiny_patch16_224 --pretrained WEIGHTS.safetensors --steps 600",
-    "evaluate": "segvit evaluate runs/segvit DATA --json",
+    "evaluate": "segvit evaluate runs/segvit DATA --report report.html",
     "predict": "segvit predict runs/segvit photo.jpg folder/ --out predictions",
     "models": "segvit models --json",
     "convert": "segvit convert segvit_vit_l_ade.pth converted --model segvit_large_ade20k_640",
@@ -102,8 +103,11 @@ def _recipe_first(argv: list[str]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for data or files that do not fit, 2 for wrong arguments."""
     try:
-        arguments = _parse(sys.argv[1:] if argv is None else argv)
-        COMMANDS[arguments.command][2](arguments[arguments.command])
+        argv = sys.argv[1:] if argv is None else argv
+        arguments = _parse(argv)
+        chosen = arguments[arguments.command]
+        chosen.typed = shlex.join(["segvit", *argv])
+        COMMANDS[arguments.command][2](chosen)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else _fail(str(stop.code), 1) if stop.code else 0
     except (ValueError, RuntimeError, OSError, FloatingPointError, AssertionError) as error:
@@ -145,7 +149,8 @@ def _train(arguments) -> None:
     from segvit.runs import train_folder
 
     options = arguments.as_dict()
-    options.pop("config", None)
+    for name in ("config", "typed"):
+        options.pop(name, None)
     result = train_folder(**options)
     if result["main_process"]:
         print("mIoU unknown" if result["miou"] is None else f"mIoU {result['miou']:.4f}")
@@ -263,6 +268,16 @@ def _evaluate_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--boundary", type=float | None, default=None, help="also boundary IoU, within this share of the diagonal; 0.02"
     )
+    parser.add_argument("--report", type=str | None, default=None, help="also write an HTML file with pictures here")
+    parser.add_argument(
+        "--skip_unreadable", type=bool, default=False, help="leave out what cannot be read, and say how many"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int | None,
+        default=None,
+        help="processes that read images ahead; none without a GPU, else up to 8",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON value and nothing else to stdout")
     _prediction_arguments(parser)
 
@@ -270,7 +285,9 @@ def _evaluate_arguments(parser: Parser) -> None:
 def _evaluate(arguments) -> None:
     from segvit.checkpoints import load_labels
     from segvit.data.layouts import has_part, open_data
-    from segvit.training import evaluate
+    from segvit.evaluation import evaluate, sample_name
+    from segvit.report import Collector, check_target, write_report
+    from segvit.runs import _workers
 
     model = _load(arguments.checkpoint, arguments.device)
     remembered = load_labels(arguments.checkpoint)
@@ -286,9 +303,37 @@ def _evaluate(arguments) -> None:
     if arguments.boundary is not None and not 0 < arguments.boundary < 1:
         raise ValueError(f"--boundary must be a share of the image's diagonal, as 0.02, got {arguments.boundary}")
     prediction = _prediction_options(arguments, remembered)
-    scores = evaluate(model, data, options["ignore_index"], boundary=arguments.boundary, **prediction)
-    if arguments.json:
-        value = {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc, "images": len(data)}
+    collector = None
+    if arguments.report:
+        check_target(Path(arguments.report))
+        collector = Collector(len(names), options["ignore_index"], lambda i: sample_name(data, i))
+    scores = evaluate(
+        model,
+        data,
+        options["ignore_index"],
+        boundary=arguments.boundary,
+        workers=_workers(1) if arguments.workers is None else arguments.workers,
+        strict=not arguments.skip_unreadable,
+        watch=collector,
+        **prediction,
+    )
+    _print_scores(scores, names, len(data), arguments.json)
+    if collector is not None:
+        shown = {"part": part, **options, "boundary": arguments.boundary, **prediction}
+        meta = _provenance(arguments, {name: value for name, value in shown.items() if value is not None})
+        title = f"{arguments.checkpoint} on {arguments.data}"
+        write_report(arguments.report, scores, names, collector, title, meta)
+        print(arguments.report, file=sys.stderr if arguments.json else sys.stdout)
+
+
+def _print_scores(scores, names: list[str], total: int, as_json: bool) -> None:
+    """Scores on stdout, and on stderr how many of `total` images they leave out."""
+    images = total - scores.left_out
+    if scores.left_out:
+        print(f"{scores.left_out} of {total} images are left out: they cannot be read", file=sys.stderr)
+    if as_json:
+        value = {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc}
+        value |= {"images": images, "left_out": scores.left_out}
         value |= {"iou": dict(zip(names, scores.iou)), "absent": scores.absent(names)}
         if scores.boundary_iou is not None:
             value |= {"boundary_miou": scores.boundary_miou, "boundary_iou": dict(zip(names, scores.boundary_iou))}
@@ -296,7 +341,23 @@ def _evaluate(arguments) -> None:
         return
     print(scores.table(names))
     edges = "" if scores.boundary_miou is None else f"  boundary mIoU {scores.boundary_miou:.4f}"
-    print(f"mIoU {scores.miou:.4f}  mAcc {scores.macc:.4f}  aAcc {scores.aacc:.4f}{edges}  on {len(data)} images")
+    print(f"mIoU {scores.miou:.4f}  mAcc {scores.macc:.4f}  aAcc {scores.aacc:.4f}{edges}  on {images} images")
+
+
+def _provenance(arguments, options: dict) -> dict[str, str]:
+    """What a report says of where its numbers come from."""
+    from datetime import datetime
+
+    import torch
+
+    return {
+        "checkpoint": arguments.checkpoint,
+        "data": arguments.data,
+        "options": ", ".join(f"{name} {value}" for name, value in options.items()),
+        "command": arguments.typed,
+        "date": datetime.now().astimezone().isoformat(" ", "seconds"),
+        "PyTorch": torch.__version__,
+    }
 
 
 def _agreed_classes(trained: list[str], arguments, layout: str) -> list[str]:

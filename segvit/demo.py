@@ -6,11 +6,12 @@ import torch
 from PIL import Image
 
 from segvit.data import Shapes
+from segvit.evaluation import evaluate
 from segvit.inference import predict
 from segvit.losses import ATMLoss
 from segvit.metrics import Scores
 from segvit.models import SegViT
-from segvit.training import evaluate, fit
+from segvit.training import fit
 from segvit.visualize import comparison
 
 SIZE = 96

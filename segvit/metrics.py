@@ -20,6 +20,8 @@ class Scores:
     pixels: list[int]  # per class, in the truth
     boundary_miou: float | None = None  # where it was asked for
     boundary_iou: list[float] | None = None  # per class
+    confusion: list[list[int]] | None = None  # [K][K + 1] pixels of truth t predicted as p, or in the end as no class
+    left_out: int = 0  # images that could not be read
 
     def table(self, class_names: Sequence[str]) -> str:
         """Per-class lines, and which classes the set does not have."""
@@ -85,6 +87,7 @@ class ConfusionMatrix:
             iou=iou.tolist(),
             acc=acc.tolist(),
             pixels=truth.long().tolist(),
+            confusion=self.counts.tolist(),
         )
 
 

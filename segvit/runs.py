@@ -29,13 +29,14 @@ from segvit.data.check import check_data, judge
 from segvit.data.dataset import SegmentationDataset
 from segvit.data.layouts import find_pairs, has_part, open_data, split_pairs, write_table
 from segvit.data.transforms import TrainTransform
+from segvit.evaluation import evaluate
 from segvit.inference import plan_prediction
 from segvit.losses import ATMLoss
 from segvit.metrics import Scores
 from segvit.models import SegViT, create_model, list_models
 from segvit.models.segvit import as_pair
 from segvit.resume import HELD_OUT, compare_options, go_on, last_good, newest, own_files, stop_signals
-from segvit.training import COMPILE, evaluate, fit
+from segvit.training import COMPILE, fit
 
 LABEL_OPTIONS = ("layout", "ignore_index", "label_map", "reduce_zero_label", "short_side")  # evaluation needs them too
 TRACKERS = ("tensorboard", "wandb", "mlflow")

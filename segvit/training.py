@@ -1,4 +1,4 @@
-"""The training loop, and evaluation on a data set."""
+"""The training loop."""
 
 import json
 import math
@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,9 +14,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from segvit.data.stream import Stream, mix
-from segvit.inference import predict
 from segvit.losses import ATMLoss, ATMLossOutput
-from segvit.metrics import BoundaryIoU, ConfusionMatrix, Scores
+from segvit.metrics import Scores
 from segvit.step import compiled_step
 from segvit.weights import Weights, load_optimizer_state, optimizer_state, shard, whole
 
@@ -357,44 +355,3 @@ def _values(terms) -> dict[str, float]:
 def _or_none(value: float) -> float | None:
     """NaN is no JSON."""
     return None if value != value else value
-
-
-def evaluate(
-    model: nn.Module,
-    data: Dataset,
-    ignore_index: int = 255,
-    progress: bool = True,
-    stopped: Callable[[], bool] = lambda: False,
-    boundary: float | None = None,
-    **options,
-) -> Scores:
-    """mIoU, mAcc, aAcc and per-class scores of a model on a data set, from counts that stay on the model's device.
-
-    Args:
-        model: a SegViT.
-        data: samples (image uint8 [C, H, W], labels [H, W]) of any sizes.
-        ignore_index: label that does not count.
-        progress: show a progress bar.
-        stopped: asked after every image; true raises KeyboardInterrupt.
-        boundary: also the boundary IoU within this share of the image's diagonal (0.02 in the paper).
-        options: of segvit.predict, such as mode, crop_size, stride, short_side, scales, flip.
-
-    Raises:
-        ValueError: labels of another size than their image, or options that predict refuses.
-    """
-    device = next(model.parameters()).device
-    matrix = ConfusionMatrix(model.num_classes, ignore_index, device)
-    edges = None if boundary is None else BoundaryIoU(model.num_classes, ignore_index, device, boundary)
-    for i in tqdm(range(len(data)), desc="evaluating", unit="image", disable=not progress, leave=False):
-        image, labels = data[i]
-        labels, predicted = labels.to(device), predict(model, image[None], **options)[0]
-        matrix.update(predicted, labels)
-        if edges is not None:
-            edges.update(predicted, labels)
-        if stopped():
-            raise KeyboardInterrupt("stopped during an evaluation")
-    scores = matrix.compute()
-    if edges is None:
-        return scores
-    per_class = edges.compute()
-    return replace(scores, boundary_iou=per_class, boundary_miou=torch.tensor(per_class).nanmean().item())

@@ -1,4 +1,4 @@
-"""Pictures: colours for classes, overlays with a legend, image beside truth beside prediction."""
+"""Pictures: colours for classes, overlays with a legend, image beside truth beside prediction, and errors."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 VOID = (0, 0, 0)  # ignored pixels
+WRONG = (230, 25, 45)  # pixels where truth and prediction differ
 ROW, SWATCH, GAP = 20, 14, 8  # of legends, in pixels
 LEAST_ROWS = 12  # of a legend, even beside a picture that is less high
 
@@ -26,6 +27,31 @@ def colourise(labels: np.ndarray, num_classes: int) -> np.ndarray:  # [H, W] -> 
     if labels.dtype != np.uint8 or num_classes > 256:
         labels = np.where((labels >= 0) & (labels < num_classes), labels, num_classes)
     return table[labels]
+
+
+def picture(image: np.ndarray) -> Image.Image:  # [C, H, W] of any type
+    """The first three channels as RGB, or the first as grey; what is not uint8 is stretched over 0 to 255."""
+    shown = image[:3] if len(image) > 2 else image[:1].repeat(3, 0)
+    if shown.dtype != np.uint8:
+        shown = shown.astype(np.float32)
+        known = np.isfinite(shown)
+        low, high = (shown[known].min(), shown[known].max()) if known.any() else (0, 0)
+        share = (np.where(known, shown, low) - low) / (high - low if high > low else 1)
+        shown = (share * 255).round().astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(shown.transpose(1, 2, 0)))
+
+
+def mistakes(image: Image.Image, wrong: np.ndarray) -> Image.Image:  # [H, W] bool, of any size
+    """The image in pale grey, and in red where it is wrong; thin errors of a large map stay visible."""
+    pale = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "white"), 0.35)
+    share = Image.fromarray(wrong.astype(np.uint8) * 255).resize(image.size, Image.Resampling.BOX)
+    return Image.composite(Image.new("RGB", image.size, WRONG), pale, share)
+
+
+def fit_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(width, height) whose longer side is `side`."""
+    scale = side / max(size)
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
 
 def label_image(labels: np.ndarray, num_classes: int) -> Image.Image:
@@ -51,7 +77,7 @@ def comparison(
 ) -> Image.Image:
     """One row a sample: image, truth and, if given, prediction, at most `side` pixels wide and high; with a legend."""
     K = len(class_names)
-    sizes = [_fit(image.size, side) for image, *_ in rows]
+    sizes = [fit_size(image.size, side) for image, *_ in rows]
     width, columns = max(w for w, _ in sizes), len(rows[0])
     tops = np.cumsum([ROW, *(height + GAP for _, height in sizes)])
     canvas = Image.new("RGB", (columns * (width + GAP) - GAP, int(tops[-1]) - GAP), "white")
@@ -64,12 +90,6 @@ def comparison(
             method = Image.Resampling.NEAREST if column else Image.Resampling.BICUBIC
             canvas.paste(picture.resize(size, method), (column * (width + GAP), top))
     return _with_legend(canvas, _occurring([labels for _, *maps in rows for labels in maps], class_names), K)
-
-
-def _fit(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(width, height) whose longer side is `side`."""
-    scale = side / max(size)
-    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
 
 def _occurring(maps: Sequence[np.ndarray], class_names: Sequence[str]) -> list[tuple[int, str]]:

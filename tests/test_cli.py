@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -122,7 +123,7 @@ def test_evaluate(checkpoint, shapes_folder, capsys):  # noqa: F811
     assert main(["evaluate", str(checkpoint), str(shapes_folder / "val"), "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert 0 <= scores["miou"] <= 1
-    assert scores["images"] == 4
+    assert (scores["images"], scores["left_out"]) == (4, 0)
     assert set(scores["iou"]) == {"background", "disc", "square", "triangle", "ring", "cross"}
     assert set(scores["absent"]) == {name for name, iou in scores["iou"].items() if iou is None}
     assert main(["evaluate", str(checkpoint), str(shapes_folder), "--json"]) == 0  # a whole data set: its val part
@@ -145,6 +146,45 @@ def test_evaluate(checkpoint, shapes_folder, capsys):  # noqa: F811
     assert "--boundary must be a share of the image's diagonal" in capsys.readouterr().err
     assert main(["evaluate", str(checkpoint), data, "--prune", "1.5"]) == 1
     assert "prune must be a probability in [0, 1), got 1.5" in capsys.readouterr().err
+
+
+def test_evaluate_writes_a_report(checkpoint, shapes_folder, tmp_path, capsys):  # noqa: F811
+    report = tmp_path / "new" / "report.html"
+    arguments = ["evaluate", str(checkpoint), str(shapes_folder), "--report", str(report), "--workers", "1"]
+    assert main([*arguments, "--json"]) == 0
+    captured = capsys.readouterr()
+    scores = json.loads(captured.out)
+    assert str(report) in captured.err
+    text = report.read_text(encoding="utf-8")
+    assert f"<b>{scores['miou']:.4f}</b>" in text
+    assert text.count('src="data:image/') == 4 * 4
+    for said in (checkpoint, shapes_folder / "val" / "images" / "3.jpg", "part val", segvit.__version__):
+        assert str(said) in text
+    assert shlex.join(["segvit", *arguments, "--json"]) in text
+    assert main([*arguments, "--flip"]) == 0  # a report may be written anew
+    assert capsys.readouterr().out.splitlines()[-1] == str(report)
+    assert "flip True" in report.read_text(encoding="utf-8")
+
+
+def test_unreadable_images_are_left_out_of_an_evaluation_where_asked(checkpoint, shapes_folder, tmp_path, capsys):  # noqa: F811
+    root, report = tmp_path / "data", tmp_path / "r.html"
+    shutil.copytree(shapes_folder, root)
+    (root / "val" / "images" / "2.jpg").write_bytes(b"no image")
+    arguments = ["evaluate", str(checkpoint), str(root), "--json"]
+    for workers in ("0", "1"):
+        assert main([*arguments, "--workers", workers]) == 1
+        captured = capsys.readouterr()
+        assert captured.err.splitlines()[-1].startswith(f"segvit: error: {root}/val/images/2.jpg: not a readable image")
+        assert not captured.out
+    assert main([*arguments, "--skip_unreadable", "--report", str(report)]) == 0
+    captured = capsys.readouterr()
+    value = json.loads(captured.out)
+    assert (value["images"], value["left_out"]) == (3, 1)
+    assert f"left out: {root}/val/images/2.jpg: not a readable image" in captured.err
+    assert "1 of 4 images are left out" in captured.err
+    assert "<b>1</b><span>left out</span>" in report.read_text(encoding="utf-8")
+    assert main([*arguments[:-1], "--skip_unreadable"]) == 0
+    assert "on 3 images" in capsys.readouterr().out
 
 
 def test_evaluation_reads_labels_as_training_did(shapes_folder, tmp_path, capsys):  # noqa: F811
@@ -282,6 +322,11 @@ def test_every_command_has_help_with_an_example(command, capsys):
         (["convert", "nowhere.pth", "out"], 1, "nowhere.pth: no such file"),
         (["convert", "DATA/classes.txt", "out"], 1, "classes.txt: not a readable checkpoint"),
         (["evaluate", "DATA", "DATA/val"], 1, "no checkpoint there"),
+        (["evaluate", "CHECKPOINT", "DATA", "--report", "/proc/x/r.html"], 1, "/proc/x/r.html: cannot write there"),
+        (["evaluate", "CHECKPOINT", "DATA", "--report", "DATA/val"], 1, "DATA/val is a folder; name a file"),
+        (["evaluate", "CHECKPOINT", "DATA", "--report", "DATA/train/images/0.jpg"], 1, "would be overwritten"),
+        (["evaluate", "CHECKPOINT", "DATA", "--report", "DATA/classes.txt"], 1, "would be overwritten"),
+        (["evaluate", "CHECKPOINT", "DATA", "--workers", "-1"], 1, "workers must be at least 0, got -1"),
         (["predict", "CHECKPOINT", "nowhere.jpg"], 1, "nowhere.jpg: no such file or folder"),
         (["predict", "CHECKPOINT", "DATA"], 1, "no images in this folder"),
         (["predict", "CHECKPOINT", "DATA/classes.txt"], 1, "1 of 1 images left out: DATA/classes.txt: not a readable"),

@@ -41,6 +41,7 @@ def test_a_class_that_is_absent_from_the_truth_is_left_out_and_said():
     assert math.isnan(scores.iou[3])  # predicted, though absent from the truth: an error of class 0 alone
     assert scores.miou == pytest.approx((1 / 3 + 1 / 2) / 2)
     assert scores.aacc == pytest.approx(1 / 2)
+    assert scores.confusion == [[1, 0, 0, 1, 0], [1, 1, 0, 0, 0], [0] * 5, [0] * 5]
     assert scores.absent(["a", "b", "c", "d"]) == ["c", "d"]
     table = scores.table(["a", "b", "c", "d"])
     assert "not in this set, left out of the means: c, d" in table

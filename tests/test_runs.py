@@ -259,7 +259,7 @@ def test_ctrl_c_in_a_validation_leaves_it(shapes_folder, tmp_path, monkeypatch, 
             os.kill(os.getpid(), signal.SIGINT)
         return predict(*args, **kwargs)
 
-    monkeypatch.setattr("segvit.training.predict", interrupted)
+    monkeypatch.setattr("segvit.evaluation.predict", interrupted)
     with pytest.raises(
         KeyboardInterrupt, match=r"stopped during an evaluation; the last checkpoint is .*step_00000004"
     ):

@@ -8,7 +8,7 @@ import segvit
 from segvit.data import Shapes
 from segvit.data.stream import Stream
 from segvit.demo import run_demo, small_model
-from segvit.training import evaluate, fit, polynomial
+from segvit.training import fit, polynomial
 
 
 class Cropped(Shapes):
@@ -135,17 +135,6 @@ def test_stopping_keeps_a_checkpoint(tmp_path):
             stopped=lambda: next(asked),
         )
     assert [state["step"] for state in saved] == [3]
-
-
-def test_evaluate_is_the_confusion_of_predictions():
-    m, data = model().eval(), Shapes(4, 48)
-    scores = evaluate(m, data, progress=False)
-    right = total = 0
-    for image, labels in (data[i] for i in range(4)):
-        predicted = segvit.predict(m, image)[0].long()
-        right += (predicted == labels).sum().item()
-        total += (labels != 255).sum().item()
-    assert scores.aacc == pytest.approx(right / total)
 
 
 def test_the_demo_writes_its_picture_and_model(tmp_path):

@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from segvit.visualize import colourise, comparison, label_image, overlay, palette
+from segvit.visualize import WRONG, colourise, comparison, label_image, mistakes, overlay, palette, picture
 
 
 def test_colours_differ():
@@ -61,3 +61,26 @@ def test_a_legend_grows_with_the_picture():
     large = overlay(Image.new("RGB", (2400, 2400)), labels, names)
     small = overlay(Image.new("RGB", (800, 800)), labels[:800, :800], names)
     assert large.width - 2400 > 2.5 * (small.width - 800)
+
+
+def test_a_picture_of_any_channels_and_numbers():
+    ramp = np.linspace(-2.0, 6.0, 9, dtype=np.float32).reshape(1, 3, 3)
+    ramp[0, 0, 1] = np.nan
+    grey = np.asarray(picture(ramp))
+    assert (grey[..., 0] == grey[..., 2]).all()
+    assert grey[..., 0].ravel().tolist() == [0, 0, *(round(255 * i / 8) for i in range(2, 9))]
+    many = np.arange(5 * 4, dtype=np.uint8).reshape(5, 2, 2)
+    assert (np.asarray(picture(many)) == many[:3].transpose(1, 2, 0)).all()  # bytes stay as they are
+    assert (np.asarray(picture(many[:2])) == many[0][..., None]).all()
+    wide = np.array([[[-30000, 30000]]], np.int16)
+    assert np.asarray(picture(wide))[0, :, 0].tolist() == [0, 255]
+
+
+def test_mistakes_are_red_over_grey_and_thin_ones_stay_visible():
+    wrong = np.zeros((80, 40), bool)
+    wrong[:40] = True
+    wrong[60] = True  # one row of the four that a pixel shows
+    shown = np.asarray(mistakes(Image.new("RGB", (10, 20), (0, 90, 0)), wrong)).astype(int)
+    assert (shown[:10] == WRONG).all()
+    assert np.ptp(shown[19], axis=-1).max() == 0
+    assert 40 < shown[15, 0, 0] - shown[15, 0, 1] < WRONG[0]
