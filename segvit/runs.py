@@ -87,7 +87,8 @@ def train_folder(
     Args:
         data: folder with train/images, train/labels, val/… and classes.txt; or a CSV file.
         out: folder for checkpoints and the log.
-        layout: folder, ade20k, cocostuff10k, pascal_context_59, pascal_context_60, cityscapes or camvid.
+        layout: folder, ade20k, cocostuff10k, cocostuff164k, pascal_voc, pascal_voc_aug, pascal_context_59,
+            pascal_context_60, cityscapes or camvid.
         classes: file of class names, one a line; DATA/classes.txt by default.
         ignore_index: label of pixels without a truth.
         label_map: label in the files to class number (or ignore_index), such as {255: 1} or {"#804080": 0}.
