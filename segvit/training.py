@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from segvit.inference import predict
+from segvit.inference import normalise, predict
 from segvit.losses import ATMLoss
 from segvit.metrics import BoundaryIoU, ConfusionMatrix, Scores
 
@@ -261,7 +261,7 @@ def evaluate(
 
     Args:
         model: a SegViT.
-        data: samples (image uint8 [C, H, W], labels [H, W]) of any sizes.
+        data: samples (image [C, H, W], uint8 or scaled float32, labels [H, W]) of any sizes.
         ignore_index: label that does not count.
         progress: show a progress bar.
         stopped: asked after every image; true raises KeyboardInterrupt.
@@ -276,7 +276,7 @@ def evaluate(
     edges = None if boundary is None else BoundaryIoU(model.num_classes, ignore_index, device, boundary)
     for i in tqdm(range(len(data)), desc="evaluating", unit="image", disable=not progress, leave=False):
         image, labels = data[i]
-        labels, predicted = labels.to(device), predict(model, image[None], **options)[0]
+        labels, predicted = labels.to(device), predict(model, normalise(model, image[None]), **options)[0]
         matrix.update(predicted, labels)
         if edges is not None:
             edges.update(predicted, labels)
