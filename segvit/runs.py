@@ -27,6 +27,7 @@ from segvit.checkpoints import (
 from segvit.data.check import check_data, judge
 from segvit.data.dataset import SegmentationDataset
 from segvit.data.layouts import find_pairs, has_part, open_data, split_pairs, write_table
+from segvit.data.moments import input_options
 from segvit.data.transforms import TrainTransform
 from segvit.inference import plan_prediction
 from segvit.losses import ATMLoss
@@ -49,6 +50,7 @@ def train_folder(
     reduce_zero_label: bool = False,
     val_fraction: float = 0.1,
     check: bool = True,
+    channels: int = 3,
     model: str | None = None,
     backbone: str = "vit_base_patch16_384.augreg_in21k_ft_in1k",
     pretrained: bool | str = True,
@@ -95,6 +97,8 @@ def train_folder(
         reduce_zero_label: 0 is no class but ignored, and label k means class k−1.
         val_fraction: share of the images that is held out where the data has no val part.
         check: read all files first, and refuse what would ruin the training.
+        channels: of the images. A new model for other than 3, or for files of more than 8 bits, is given the training
+            images' own mean and std; a saved model has its own.
         model: a name of `segvit models`, or a saved model to go on from (class rows of known names are kept).
         backbone: a timm ViT, where no model is named.
         pretrained: true (weights of the backbone from the Hub), false, or a weights file.
@@ -151,12 +155,14 @@ def train_folder(
         _compare_options(state["options"], options, main)
     held = run / HELD_OUT if newest is not None else None
     train, val, split = _parts(data, layout, classes, ignore_index, label_map, reduce_zero_label, val_fraction, held)
+    train.channels = channels
     network, size = _model(
         model,
         train.classes,
         crop,
         newest,
         backbone,
+        lambda: input_options(train),
         pretrained={"true": True, "false": False}.get(str(pretrained).lower(), pretrained),
         shrink=shrink,
         edge_budget=edge_budget,
@@ -164,6 +170,8 @@ def train_folder(
         freeze_backbone=freeze_backbone,
         activation_checkpointing=activation_checkpointing,
     )
+    if channels not in (3, len(network.mean)):
+        raise ValueError(f"channels: {model or newest} takes {len(network.mean)}, not {channels}")
     train.channels = val.channels = len(network.mean)
     mean, std = network.mean.tolist(), network.std.tolist()
     evaluation = {"mode": mode, "short_side": short_side}
@@ -298,9 +306,15 @@ def _parts(
 
 
 def _model(
-    name: str | None, classes: list[str], crop, newest: Path | None, backbone: str, **arguments
+    name: str | None,
+    classes: list[str],
+    crop,
+    newest: Path | None,
+    backbone: str,
+    inputs: Callable[[], dict],
+    **arguments,
 ) -> tuple[SegViT, tuple[int, int]]:
-    """The model to train, and the crop."""
+    """The model to train, and the crop; `inputs` gives arguments that a new model needs for these images."""
     crop = as_pair("crop", crop)
     known = {"num_classes": len(classes), "class_names": classes}
     given = {key: value for key, value in arguments.items() if value is not None}
@@ -311,9 +325,9 @@ def _model(
             raise ValueError(f"{newest} was trained on other classes; to go on with new ones, name it as --model")
         model.backbone.activation_checkpointing = memory["activation_checkpointing"]
     elif name is None:
-        model = SegViT(backbone, image_size=crop or (512, 512), **known, **given)
+        model = SegViT(backbone, image_size=crop or (512, 512), **known, **inputs(), **given)
     elif name in {info.name for info in list_models()}:
-        model = create_model(name, **known, **({"image_size": crop} if crop else {}), **given)
+        model = create_model(name, **known, **({"image_size": crop} if crop else {}), **inputs(), **given)
     else:
         near = difflib.get_close_matches(name, [info.name for info in list_models()], n=2)
         if near and not Path(name).exists():
@@ -378,6 +392,7 @@ def _compare_options(old: dict, new: dict, main: bool) -> None:
         "keep",
         "activation_checkpointing",
         "pretrained",
+        "channels",  # the model's own, or refused
     )
     for name, value in new.items():
         if name in elsewhere or old.get(name) == value:
