@@ -182,17 +182,18 @@ def _label_options(arguments, remembered: dict) -> dict:
 def _check_arguments(parser: Parser) -> None:
     parser.add_argument("data", type=str, help="folder or CSV file of segvit train, or one part of it")
     _label_arguments(parser, "folder by default")
+    parser.add_argument("--channels", type=int, default=3, help="of the images, as in segvit train")
     parser.add_argument("--picture", type=str | None, default=None, help="write some images beside their labels here")
     parser.add_argument("--json", action="store_true", help="print one JSON value and nothing else to stdout")
 
 
 def _check(arguments) -> None:
     from segvit.data.check import check_data, judge
-    from segvit.data.images import read_image
+    from segvit.data.images import read_image, to_picture
     from segvit.data.layouts import has_part, open_data
     from segvit.visualize import comparison
 
-    options = _label_options(arguments, {})
+    options = _label_options(arguments, {}) | {"channels": arguments.channels}
     parts = [part for part in ("train", "val") if has_part(arguments.data, part, options["layout"])]
     if not parts:
         parts = [None if has_part(arguments.data, None, options["layout"]) else "train"]
@@ -212,7 +213,7 @@ def _check(arguments) -> None:
     if arguments.picture and good:
         first = next(iter(sets.values()))
         chosen = range(0, len(first), max(len(first) // 6, 1))[:6]
-        rows = [(read_image(first.pairs[i][0]), first.read_labels(i)[1]) for i in chosen]
+        rows = [(to_picture(read_image(first.pairs[i][0], first.channels)), first.read_labels(i)[1]) for i in chosen]
         Path(arguments.picture).parent.mkdir(parents=True, exist_ok=True)
         comparison(rows, first.classes, side=360).save(arguments.picture)
         print(arguments.picture, file=sys.stderr if arguments.json else sys.stdout)
@@ -285,9 +286,9 @@ def _evaluate_arguments(parser: Parser) -> None:
 def _evaluate(arguments) -> None:
     from segvit.checkpoints import load_labels
     from segvit.data.layouts import has_part, open_data
+    from segvit.data.stream import default_workers
     from segvit.evaluation import evaluate, sample_name
     from segvit.report import Collector, check_target, write_report
-    from segvit.runs import _workers
 
     model = _load(arguments.checkpoint, arguments.device)
     remembered = load_labels(arguments.checkpoint)
@@ -312,7 +313,7 @@ def _evaluate(arguments) -> None:
         data,
         options["ignore_index"],
         boundary=arguments.boundary,
-        workers=_workers(1) if arguments.workers is None else arguments.workers,
+        workers=default_workers() if arguments.workers is None else arguments.workers,
         strict=not arguments.skip_unreadable,
         watch=collector,
         **prediction,
@@ -400,7 +401,7 @@ def _predict(arguments) -> None:
     from tqdm import tqdm
 
     from segvit.checkpoints import load_labels, make_folder
-    from segvit.data.images import EXTENSIONS, read_image
+    from segvit.data.images import EXTENSIONS, read_image, to_picture
     from segvit.inference import plan_prediction, predict
     from segvit.visualize import label_image, overlay
 
@@ -438,7 +439,7 @@ def _predict(arguments) -> None:
             continue
         labels = predict(model, image, **options)[0].cpu().numpy()
         label_image(labels, model.num_classes).save(out / f"{path.stem}.png")
-        overlay(image, labels, model.class_names).save(out / f"{path.stem}_overlay.png")
+        overlay(to_picture(image), labels, model.class_names).save(out / f"{path.stem}_overlay.png")
     if len(unread) < len(paths):
         print(f"{len(paths) - len(unread)} label maps and overlays in {out}")
     if unread:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from segvit.inference import predict
+from segvit.data.stream import UNREADABLE
+from segvit.inference import normalise, predict
 from segvit.metrics import BoundaryIoU, ConfusionMatrix, Scores
 
 AHEAD = 2  # samples that each worker reads ahead
-UNREADABLE = (ValueError, OSError, RuntimeError)
+CAUGHT = (*UNREADABLE, RuntimeError)
 
 
 def evaluate(
@@ -73,7 +74,7 @@ def evaluate(
             left_out += 1
             continue
         image, labels = sample
-        labels, predicted = labels.to(device), predict(model, image[None], **options)[0]
+        labels, predicted = labels.to(device), predict(model, normalise(model, image[None]), **options)[0]
         matrix.update(predicted, labels)
         if edges is not None:
             edges.update(predicted, labels)
@@ -107,10 +108,10 @@ class _Samples(Dataset):
         i = self.positions[n]
         try:
             return i, self.data[i]
-        except UNREADABLE as error:
+        except CAUGHT as error:
             if type(error).__module__ == "builtins":
                 return i, error
-            kind = next(kind for kind in UNREADABLE if isinstance(error, kind))
+            kind = next(kind for kind in CAUGHT if isinstance(error, kind))
             return i, kind(str(error))  # what libraries define may not survive the way out of a worker
 
 

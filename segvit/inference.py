@@ -46,8 +46,9 @@ def predict(
     Args:
         model: a SegViT; its train or eval mode is left as it was found.
         images: a float tensor [B, C, H, W] is used as it is (normalised, on the model's device). Everything else is
-            scaled to 0…1 and normalised with the model's mean and std: uint8 tensors [B, C, H, W] or [C, H, W], arrays
-            [H, W, C] or [H, W], PIL images, paths, or a sequence of these.
+            normalised with the model's mean and std, uint8 after / 255, 16-bit integers after / 65535, floats as they
+            are: uint8 tensors [B, C, H, W] or [C, H, W], arrays [H, W, C] or [H, W], PIL images, paths (of .npy and
+            multi-band TIFF files, too), or a sequence of these.
         size: (height, width), or one int, of the result; None: each image's own.
         mode: "whole"; or "slide": windows of crop_size every stride pixels, averaged where they overlap; or "auto":
             "slide" where an image has more than four times the pixels of a crop, as attention's cost grows with their
@@ -154,33 +155,39 @@ def plan_prediction(
 
 def _prepare(model: nn.Module, images) -> tuple[Iterable[Tensor], bool]:
     """Normalised batches [B, C, H, W] on the model's device, and whether it is one batch to return as it is."""
-    mean, std = model.mean.float()[:, None, None], model.std.float()[:, None, None]
-    channels, dtype = len(mean), next(model.parameters()).dtype
-
-    def normalised(raw: Tensor) -> Tensor:
-        if raw.shape[-3] != channels:
-            raise ValueError(f"images: the model takes {channels} channels, got {raw.shape[-3]}")
-        return ((raw.to(mean.device).float() / 255 - mean) / std).to(dtype)
-
+    channels, device = len(model.mean), model.mean.device
     if isinstance(images, Tensor):
         if images.is_floating_point():
             if images.dim() != 4:
                 raise ValueError(f"images: a float tensor must be [B, C, H, W], got {tuple(images.shape)}")
-            if images.device != mean.device:
-                raise ValueError(f"images are on {images.device}, but the model is on {mean.device}")
+            if images.device != device:
+                raise ValueError(f"images are on {images.device}, but the model is on {device}")
             return [images], True
         if images.dtype != torch.uint8 or images.dim() not in (3, 4):
             raise ValueError(f"images: an integer tensor must be uint8 [B, C, H, W], got {images.dtype}")
-        return [normalised(images if images.dim() == 4 else images[None])], True
+        return [normalise(model, images if images.dim() == 4 else images[None])], True
     if isinstance(images, (str, Path, Image.Image, np.ndarray)):
-        return [normalised(_raw(images, channels))[None]], True
+        return [normalise(model, _raw(images, channels))[None]], True
     if not isinstance(images, Sequence) or not images:
         raise ValueError(f"images must be a tensor, an array, a picture, a path or a sequence of these, got {images!r}")
-    return (normalised(_raw(image, channels))[None] for image in images), False
+    return (normalise(model, _raw(image, channels))[None] for image in images), False
+
+
+def normalise(model: nn.Module, raw: Tensor) -> Tensor:
+    """Images [..., C, H, W] of a data set or a file as the model takes them, on its device and in its dtype.
+
+    uint8 is divided by 255; floats are on the scale of the model's mean and std already. Raises ValueError for another
+    number of channels.
+    """
+    mean, std = model.mean.float()[:, None, None], model.std.float()[:, None, None]
+    if raw.shape[-3] != len(mean):
+        raise ValueError(f"images: the model takes {len(mean)} channels, got {raw.shape[-3]}")
+    full = 255 if raw.dtype == torch.uint8 else 1
+    return ((raw.to(mean.device).float() / full - mean) / std).to(next(model.parameters()).dtype)
 
 
 def _raw(image, channels: int) -> Tensor:
-    """uint8 [C, H, W] of one picture."""
+    """[C, H, W] of one picture, uint8 or scaled float32; see to_tensor."""
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.dim() != 3:
             raise ValueError(

@@ -18,6 +18,7 @@ HELD_OUT = "held_out.csv"  # validation images of a run whose data has no val pa
 ELSEWHERE = (  # options that may change without a word
     "data",
     "out",
+    "channels",  # the model's own, or refused
     "resume",
     "overwrite",
     "check",
@@ -28,7 +29,7 @@ ELSEWHERE = (  # options that may change without a word
     "activation_checkpointing",
     "pretrained",
 )
-MODEL = ("model", "backbone", "channels", "shrink", "edge_budget", "drop_path", "freeze_backbone")
+MODEL = ("model", "backbone", "shrink", "edge_budget", "drop_path", "freeze_backbone")
 
 
 def own_files(run: Path) -> list[Path]:

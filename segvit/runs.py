@@ -28,6 +28,8 @@ from segvit.checkpoints import (
 from segvit.data.check import check_data, judge
 from segvit.data.dataset import SegmentationDataset
 from segvit.data.layouts import find_pairs, has_part, open_data, split_pairs, write_table
+from segvit.data.moments import input_options
+from segvit.data.stream import default_workers
 from segvit.data.transforms import TrainTransform
 from segvit.evaluation import evaluate
 from segvit.inference import plan_prediction
@@ -52,6 +54,7 @@ def train_folder(
     reduce_zero_label: bool = False,
     val_fraction: float = 0.1,
     check: bool = True,
+    channels: int = 3,
     model: str | None = None,
     backbone: str = "vit_base_patch16_384.augreg_in21k_ft_in1k",
     pretrained: bool | str = True,
@@ -99,13 +102,16 @@ def train_folder(
     Args:
         data: folder with train/images, train/labels, val/… and classes.txt; or a CSV file.
         out: folder for checkpoints and the log.
-        layout: folder, ade20k, cocostuff10k, pascal_context_59, pascal_context_60, cityscapes or camvid.
+        layout: folder, ade20k, cocostuff10k, cocostuff164k, pascal_voc, pascal_voc_aug, pascal_context_59,
+            pascal_context_60, cityscapes or camvid.
         classes: file of class names, one a line; DATA/classes.txt by default.
         ignore_index: label of pixels without a truth.
         label_map: label in the files to class number (or ignore_index), such as {255: 1} or {"#804080": 0}.
         reduce_zero_label: 0 is no class but ignored, and label k means class k−1.
         val_fraction: share of the images that is held out where the data has no val part.
         check: read all files first, and refuse what would ruin the training.
+        channels: of the images. A new model for other than 3, or for files of more than 8 bits, is given the training
+            images' own mean and std; a saved model has its own.
         model: a name of `segvit models`, or a saved model to go on from (class rows of known names are kept).
         backbone: a timm ViT, where no model is named.
         pretrained: true (weights of the backbone from the Hub), false, or a weights file.
@@ -162,9 +168,7 @@ def train_folder(
         from accelerate.utils import patch_environment, set_seed
     except ImportError as error:
         raise RuntimeError("training needs Accelerate: pip install 'segvit[train]'") from error
-    precision, compile = (
-        {"False": "no"}.get(str(name), name) for name in (precision, compile)
-    )  # YAML reads no as false
+    precision, compile = ("no" if name is False else name for name in (precision, compile))  # YAML reads no as false
     trackers = [trackers] if isinstance(trackers, str) else list(trackers or [])
     _check_options(steps, batch_size, keep, validate_every, checkpoint_every, scale, precision, compile, ema, trackers)
     fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate launch --use_fsdp
@@ -181,12 +185,14 @@ def train_folder(
         compare_options(state["options"], options, main)
     held = run / HELD_OUT if found is not None else None
     train, val, split = _parts(data, layout, classes, ignore_index, label_map, reduce_zero_label, val_fraction, held)
+    train.channels = channels
     network, size = _model(
         model,
         train.classes,
         crop,
         found,
         backbone,
+        lambda: input_options(train),
         pretrained={"true": True, "false": False}.get(str(pretrained).lower(), pretrained),
         shrink=shrink,
         edge_budget=edge_budget,
@@ -194,6 +200,8 @@ def train_folder(
         freeze_backbone=freeze_backbone,
         activation_checkpointing=activation_checkpointing,
     )
+    if channels not in (3, len(network.mean)):
+        raise ValueError(f"channels: {model or newest} takes {len(network.mean)}, not {channels}")
     train.channels = val.channels = len(network.mean)
     mean, std = network.mean.tolist(), network.std.tolist()
     evaluation = {"mode": mode, "short_side": short_side}
@@ -219,6 +227,8 @@ def train_folder(
             share = f"{len(val)} of {len(train) + len(val)} images are held out"
             print(f"no val part: {share}, and named in {run / HELD_OUT}", file=sys.stderr)
 
+    share = accelerator.process_index, accelerator.num_processes
+    workers = default_workers(share[1]) if workers is None else workers
     run_id = secrets.token_hex(4) if state is None else state["run_id"]
     track = _tracking(accelerator, trackers, options, run_id)
 
@@ -230,7 +240,9 @@ def train_folder(
 
     def validate(step: int, evaluated: nn.Module) -> Scores:
         alone = accelerator.num_processes == 1  # else all must leave together
-        scores = evaluate(evaluated, val, ignore_index, main, stopped if alone else lambda: False, **evaluation)
+        reading = {"workers": workers, "strict": strict, "processes": share}
+        asked = stopped if alone else lambda: False
+        scores = evaluate(evaluated, val, ignore_index, main, asked, **reading, **evaluation)
         if best["miou"] is None or not scores.miou <= best["miou"]:
             best["miou"] = scores.miou
             if main:
@@ -256,7 +268,7 @@ def train_folder(
             ema=ema,
             compile=compile,
             fsdp=fsdp,
-            workers=_workers(accelerator.num_processes) if workers is None else workers,
+            workers=workers,
             strict=strict,
             seed=seed,
             accelerator=accelerator,
@@ -387,9 +399,15 @@ def _parts(
 
 
 def _model(
-    name: str | None, classes: list[str], crop, newest: Path | None, backbone: str, **arguments
+    name: str | None,
+    classes: list[str],
+    crop,
+    newest: Path | None,
+    backbone: str,
+    inputs: Callable[[], dict],
+    **arguments,
 ) -> tuple[SegViT, tuple[int, int]]:
-    """The model to train, and the crop."""
+    """The model to train, and the crop; `inputs` gives arguments that a new model needs for these images."""
     crop = as_pair("crop", crop)
     known = {"num_classes": len(classes), "class_names": classes}
     given = {key: value for key, value in arguments.items() if value is not None}
@@ -400,9 +418,9 @@ def _model(
             raise ValueError(f"{newest} was trained on other classes; to go on with new ones, name it as --model")
         model.backbone.activation_checkpointing = memory["activation_checkpointing"]
     elif name is None:
-        model = SegViT(backbone, image_size=crop or (512, 512), **known, **given)
+        model = SegViT(backbone, image_size=crop or (512, 512), **known, **inputs(), **given)
     elif name in {info.name for info in list_models()}:
-        model = create_model(name, **known, **({"image_size": crop} if crop else {}), **given)
+        model = create_model(name, **known, **({"image_size": crop} if crop else {}), **inputs(), **given)
     else:
         near = difflib.get_close_matches(name, [info.name for info in list_models()], n=2)
         if near and not Path(name).exists():
@@ -425,9 +443,3 @@ def _refusal(data: str, train: SegmentationDataset, val: SegmentationDataset) ->
     problems = [f"{report.part}: {problem}" for report in reports for problem in report.problems]
     more = f" (and {len(problems) - 1} more: segvit check-data {data})" if len(problems) > 1 else ""
     return f"{problems[0]}{more}" if problems else None
-
-
-def _workers(processes: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // processes
-    return min(8, share) if torch.cuda.is_available() else min(1, share // 2)

@@ -84,9 +84,8 @@ def test_what_is_missing_or_does_not_fit_is_named(folder):
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(folder / "labels" / "0.png")
     with pytest.raises(ValueError, match=r"one channel of class numbers, this one has mode RGB; if its colours mean"):
         opened()[0]
-    Image.fromarray(np.zeros((20, 30), np.uint16)).save(folder / "images" / "2.png")
-    with pytest.raises(ValueError, match=r"2\.png: the image has mode I;16, 16 or 32 bits a pixel"):
-        opened()[2]
+    with pytest.raises(ValueError, match=r"2\.png: a picture of 3 channels \(RGB\), 7 are wanted; see --channels"):
+        opened(channels=7)[2]
     with pytest.raises(ValueError, match="ignore_index 1 is the number of the class 'b'"):
         opened(ignore_index=1)
     with pytest.raises(ValueError, match="layout must be one of folder, ade20k"):
@@ -257,6 +256,18 @@ LAYOUT_CASES = {  # layout: (files of one pair, labels in the file, class number
         ["images/{}COCO_1.jpg", "annotations/{}COCO_1.mat"],
         ([0, 1, 13, 182], [255, 0, 11, 170], 171, ("stop sign", 11)),
     ),
+    "cocostuff164k": (
+        ["images/{train2017}/000000000009.jpg", "annotations/{train2017}/000000000009.png"],
+        ([255, 0, 12, 181, 11, 90], [255, 0, 11, 170, 255, 255], 171, ("stop sign", 11)),
+    ),
+    "pascal_voc": (
+        ["JPEGImages/{}2007_000032.jpg", "SegmentationClass/{}2007_000032.png"],
+        ([0, 1, 20, 255], [0, 1, 20, 255], 21, ("tvmonitor", 20)),
+    ),
+    "pascal_voc_aug": (
+        ["JPEGImages/{}2007_000032.jpg", "SegmentationClassAug/{}2007_000032.png"],
+        ([0, 1, 20, 255], [0, 1, 20, 255], 21, ("background", 0)),
+    ),
     "pascal_context_59": (
         ["JPEGImages/{}2008_1.jpg", "SegmentationClassContext/{}2008_1.png"],
         ([0, 1, 59], [255, 0, 58], 59, ("wood", 58)),
@@ -271,17 +282,19 @@ LAYOUT_CASES = {  # layout: (files of one pair, labels in the file, class number
     ),
     "camvid": (["{train}/0001TP.png", "{train}annot/0001TP.png"], ([0, 10, 11], [0, 10, 255], 11, ("sky", 0))),
 }
-LISTS = {
-    "cocostuff10k": ("imageLists/{}.txt", "test", "COCO_1"),
-    "pascal_context_59": ("ImageSets/SegmentationContext/{}.txt", "val", "2008_1"),
-    "pascal_context_60": ("ImageSets/SegmentationContext/{}.txt", "val", "2008_1"),
+LISTS = {  # layout: (file, its names of train and val, stem)
+    "cocostuff10k": ("imageLists/{}.txt", ("train", "test"), "COCO_1"),
+    "pascal_voc": ("ImageSets/Segmentation/{}.txt", ("train", "val"), "2007_000032"),
+    "pascal_voc_aug": ("ImageSets/Segmentation/{}.txt", ("train_aug", "val"), "2007_000032"),
+    "pascal_context_59": ("ImageSets/SegmentationContext/{}.txt", ("train", "val"), "2008_1"),
+    "pascal_context_60": ("ImageSets/SegmentationContext/{}.txt", ("train", "val"), "2008_1"),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUT_CASES)
 def test_well_known_data_sets_are_read_as_they_are_downloaded(layout, tmp_path):
     files, (raw, wanted, K, (name, number)) = LAYOUT_CASES[layout]
-    val = {"training": "validation", "train": "val"}
+    val = {"training": "validation", "train": "val", "train2017": "val2017"}
     for part in ("train", "val"):
         for file in files:
             for own, other in val.items():
@@ -293,8 +306,8 @@ def test_well_known_data_sets_are_read_as_they_are_downloaded(layout, tmp_path):
         for part in ("train", "val"):
             Image.new("RGB", (len(raw), 1)).save(tmp_path / part / "0001TP.png")
     if layout in LISTS:
-        place, val_name, stem = LISTS[layout]
-        for part in ("train", val_name):
+        place, names, stem = LISTS[layout]
+        for part in names:
             (tmp_path / place.format(part)).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / place.format(part)).write_text(f"{stem}\n")
     for part in ("train", "val"):
@@ -304,9 +317,49 @@ def test_well_known_data_sets_are_read_as_they_are_downloaded(layout, tmp_path):
         assert data.classes[number] == name
         assert data[0][1].tolist() == [wanted]
     if layout in LISTS:
-        (tmp_path / place.format("train")).write_text("other\n")
+        (tmp_path / place.format(names[0])).write_text("other\n")
         with pytest.raises(FileNotFoundError, match="1 of 1 listed images are absent: other"):
             open_data(tmp_path, "train", layout)
+
+
+def test_cocostuff164k_as_its_archive_unpacks_and_beside_converted_maps(tmp_path):
+    for part in ("train2017", "val2017"):
+        save(tmp_path / "images" / part / "1.jpg", [0, 12])
+        save(tmp_path / "stuffthingmaps" / part / "1.png", [0, 12])
+        save(tmp_path / "stuffthingmaps" / part / "1_labelTrainIds.png", [0, 11])  # of mmsegmentation's script
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_train2017.json").write_text("{}")
+    data = open_data(tmp_path, "train", "cocostuff164k", ignore_index=-1)
+    assert [path.name for _, path in data.pairs] == ["1.png"]
+    assert data[0][1].tolist() == [[0, 11]]
+    save(tmp_path / "stuffthingmaps/train2017/1.png", [255, 182])
+    with pytest.raises(ValueError, match="label 182 is no class"):
+        data[0]
+    save(tmp_path / "stuffthingmaps/train2017/1.png", [255, 25])  # 25 + 1 is one of the ids without pixels
+    assert data[0][1].tolist() == [[-1, -1]]
+    (tmp_path / "stuffthingmaps/val2017/1.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 1 images have no label map .*, first 1\.jpg"):
+        open_data(tmp_path, "val", "cocostuff164k")
+
+
+def test_pascal_voc_masks_are_read_by_index_and_its_augmented_lists_name_paths(tmp_path):
+    save(tmp_path / "JPEGImages/2007_1.jpg", [0, 20, 255])
+    for folder in ("SegmentationClass", "SegmentationClassAug"):
+        (tmp_path / folder).mkdir()
+        mask = Image.fromarray(np.array([[0, 20, 255]], np.uint8), "P")
+        mask.putpalette([*range(256)] * 3)
+        mask.save(tmp_path / folder / "2007_1.png")
+    for name, line in (
+        ("Segmentation/val.txt", "2007_1"),
+        ("Segmentation/train_aug.txt", "none"),
+        ("SegmentationAug/train_aug.txt", "/JPEGImages/2007_1.jpg /SegmentationClassAug/2007_1.png"),
+    ):
+        (tmp_path / "ImageSets" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ImageSets" / name).write_text(f"{line}\n")
+    assert open_data(tmp_path, "val", "pascal_voc", ignore_index=-1)[0][1].tolist() == [[0, 20, -1]]
+    assert open_data(tmp_path, "train", "pascal_voc_aug")[0][1].tolist() == [[0, 20, 255]]
+    with pytest.raises(FileNotFoundError, match=r"no folder ImageSets/Segmentation/train\.txt"):
+        open_data(tmp_path, "train", "pascal_voc")
 
 
 def test_a_layout_of_parts_wants_one(tmp_path):

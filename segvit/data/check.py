@@ -11,9 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from segvit.data.dataset import SegmentationDataset
+from segvit.data.moments import THREADS, Moments, image_moments
 
 SHOWN = 5  # problems of one kind that are named one by one
-THREADS = 8  # at most: a large photo takes some hundred megabytes while it is looked at
 BINARY = 'labels are 0 and 255: a binary mask? Name two classes and use --label_map "{255: 1}"'
 
 
@@ -25,7 +25,9 @@ class Report:
     classes: list[str]
     images: int = 0
     sizes: Counter = field(default_factory=Counter)  # "640x480": images
-    modes: Counter = field(default_factory=Counter)  # Pillow's names of channels: "RGB", "L", "RGBA" …: images
+    modes: Counter = field(default_factory=Counter)  # channels as stored, "RGB", "L", "RGBA", "uint16 x 7" …: images
+    mean: list[float] = field(default_factory=list)  # [C] of pixels: uint8 / 255, 16 bits / 65535, floats as they are
+    std: list[float] = field(default_factory=list)  # [C]
     pixels: np.ndarray | None = None  # [K] labelled pixels
     images_with: np.ndarray | None = None  # [K] images in which the class occurs
     ignored: int = 0  # pixels
@@ -43,6 +45,8 @@ class Report:
             "images": self.images,
             "sizes": dict(self.sizes.most_common()),
             "channels": dict(self.modes.most_common()),
+            "mean": self.mean,
+            "std": self.std,
             "classes": {name: {"share": n / total, "pixels": n, "images": images} for name, n, images in rows},
             "ignored_share": self.ignored / total,
             "problems": self.problems,
@@ -57,6 +61,8 @@ class Report:
         modes = ", ".join(f"{mode} ({n})" for mode, n in self.modes.most_common())
         width = max(len(name) for name in (*self.classes, "ignored"))
         lines = [f"{self.part}: {self.images} images, {sizes}; channels {modes}"]
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            lines += [f"  {name} of each channel  {_some([f'{value:.4g}' for value in values], 16)}"] if values else []
         lines.append(f"  {'class':<{width}}   share  images")
         for name, pixels, images in zip(self.classes, self.pixels, self.images_with):
             if not images:  # named in a hint
@@ -75,6 +81,7 @@ class _Sample:
     size: str = ""
     mode: str = ""
     digest: str = ""
+    moments: Moments = field(default_factory=Moments)
     counts: np.ndarray | None = None  # [K]
     ignored: int = 0
     raw: tuple[int, ...] = ()  # labels as the file has them
@@ -82,7 +89,7 @@ class _Sample:
 
 
 def check_data(dataset: SegmentationDataset, part: str = "data", progress: bool = True) -> Report:
-    """Read every file of a data set and report sizes, channels, classes, and what is wrong.
+    """Read every file of a data set and report sizes, channels, their mean and std, classes, and what is wrong.
 
     Every image is decoded and every label compared, in as many threads as there are CPU cores, up to eight. What takes
     several parts to tell is left to judge().
@@ -97,6 +104,7 @@ def check_data(dataset: SegmentationDataset, part: str = "data", progress: bool 
     raw: Counter[int] = Counter()
     unknown: dict[int, list[str]] = {}
     broken: list[str] = []
+    moments = Moments()
     pool = ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS))
     try:
         samples = pool.map(lambda i: _inspect(dataset, i), range(len(dataset)))
@@ -110,6 +118,7 @@ def check_data(dataset: SegmentationDataset, part: str = "data", progress: bool 
             report.sizes[sample.size] += 1
             report.modes[sample.mode] += 1
             report.digests[sample.digest] = str(dataset.pairs[i][0])
+            moments += sample.moments
             report.pixels += sample.counts
             report.images_with += sample.counts > 0
             report.ignored += sample.ignored
@@ -118,6 +127,8 @@ def check_data(dataset: SegmentationDataset, part: str = "data", progress: bool 
                 unknown.setdefault(value, []).append(str(dataset.pairs[i][1]))
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for all files
+    if moments.count:
+        report.mean, report.std = moments.lists(dataset.channels)
     report.problems += broken[:SHOWN] + ([f"and {len(broken) - SHOWN} more files"] if len(broken) > SHOWN else [])
     for value, files in sorted(unknown.items())[:SHOWN]:
         where = f"{files[0]}: " if len(files) == 1 else f"{len(files)} label maps, first {files[0]}: "
@@ -130,17 +141,17 @@ def check_data(dataset: SegmentationDataset, part: str = "data", progress: bool 
 
 def _inspect(dataset: SegmentationDataset, i: int) -> _Sample:
     try:
-        stored, image, raw, labels = dataset.load(i)
+        image, raw, labels = dataset.load(i)
         digest = hashlib.blake2b(dataset.pairs[i][0].read_bytes(), digest_size=16).hexdigest()
     except (ValueError, OSError, RuntimeError) as error:
         return _Sample(problem=str(error))
     strange = dataset.unknown(labels)
     known = labels[~strange & (labels != dataset.ignore_index)]
-    turned = " turned by EXIF" if image.size != stored.size else ""
     return _Sample(
-        size=f"{image.width}x{image.height}",
-        mode=f"{stored.mode}{turned}",
+        size=f"{image.size[0]}x{image.size[1]}",
+        mode=image.kind,
         digest=digest,
+        moments=image_moments(image.image),
         counts=np.bincount(known, minlength=len(dataset.classes)),
         ignored=int((labels == dataset.ignore_index).sum()),
         raw=tuple(np.unique(raw).tolist()),
@@ -164,9 +175,15 @@ def _judge(report: Report, dataset: SegmentationDataset, raw: set[int], unknown:
         report.hints.append(f"{len(raw)} labels for {K} classes: were the masks blurred, resized or saved as JPEG?")
     if report.ignored > report.pixels.sum() > 0:
         report.hints.append("more pixels are ignored than labelled")
-    if len({mode.split(" ")[0] for mode in report.modes}) > 1:
+    kinds = {mode.removesuffix(" turned by EXIF") for mode in report.modes}
+    if len(kinds) > 1 and any(" x " in kind for kind in kinds):
+        report.hints.append("images are stored differently; 8 bits are divided by 255, 16 by 65535, floats by nothing")
+    elif len(kinds) > 1:
         read_as = "RGB" if dataset.channels == 3 else "grey"
         report.hints.append(f"images have different channels; all are read as {read_as}")
+    still = [str(i) for i, value in enumerate(report.std) if value == 0]
+    if still:
+        report.hints.append(f"channels that never change: {_some(still)}")
     small = [size for size in report.sizes if min(map(int, size.split("x"))) < 32]
     if small:
         report.hints.append(f"images under 32 pixels: {_some(small)}")

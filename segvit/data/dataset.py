@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from segvit.data.images import open_image, parse_colour, read_labels, to_tensor, upright
+from segvit.data.images import ImageFile, load_image, parse_colour, read_labels, to_tensor
 
 LARGEST = 2**16  # labels in files are below this
 UNKNOWN = np.iinfo(np.int64).min  # class number of a colour without a name; no ignore_index is that
@@ -51,8 +50,9 @@ class SegmentationDataset(Dataset):
         ignore_index: label of pixels without a truth.
         label_map: number in the files → class number or ignore_index; numbers that are not named stay. Keys that are
             colours ("#804080") read label images in colour, and must then name every colour that occurs.
-        transform: called with image uint8 [C, H, W] and labels int64 [H, W]; returns both.
-        channels: 3 (RGB) or 1 (grey).
+        transform: called with image [C, H, W] and labels int64 [H, W]; returns both. Images of 8 bits are uint8, others
+            float32: 16-bit integers / 65535, floats as they are.
+        channels: of the images; pictures are read as RGB for 3 and as grey for 1, see segvit.data.read_image.
 
     Raises (at once, or for a sample when it is read):
         FileNotFoundError: a file that is not there, named.
@@ -118,28 +118,27 @@ class SegmentationDataset(Dataset):
         """A label as the file has it, for messages."""
         return f"#{value:06x}" if self.colours else str(value)
 
-    def load(self, i: int) -> tuple[Image.Image, Image.Image, np.ndarray, np.ndarray]:
-        """Pair i: the image as stored, the image as it is used, the labels as stored, and as class numbers."""
+    def load(self, i: int) -> tuple[ImageFile, np.ndarray, np.ndarray]:
+        """Pair i: the image, the labels as stored, and as class numbers."""
         image_path, label_path = self.pairs[i]
-        stored = open_image(image_path)
-        image = upright(stored, image_path, self.channels)
+        image = load_image(image_path, self.channels)
         raw, labels = self.read_labels(i)
-        if labels.shape != (image.height, image.width):
-            sizes = f"the label map is {labels.shape[1]}x{labels.shape[0]}, its image {image.width}x{image.height}"
+        if labels.shape != image.size[::-1]:
+            sizes = f"the label map is {labels.shape[1]}x{labels.shape[0]}, its image {image.size[0]}x{image.size[1]}"
             turned = (
                 "; it lacks the image's EXIF rotation: turn it, or strip the tag"
-                if labels.shape == stored.size[::-1]
+                if labels.shape == image.stored[::-1]
                 else ""
             )
             raise ValueError(f"{label_path}: {sizes}{turned}")
-        return stored, image, raw, labels
+        return image, raw, labels
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        _, image, raw, labels = self.load(i)
+        image, raw, labels = self.load(i)
         strange = raw[self.unknown(labels)]
         if len(strange):
             raise ValueError(f"{self.pairs[i][1]}: label {self.describe(strange[0])} is no class: {self.known()}")
-        image, labels = to_tensor(image, self.channels), torch.from_numpy(np.asarray(labels, np.int64))
+        image, labels = to_tensor(image.image, self.channels), torch.from_numpy(np.asarray(labels, np.int64))
         return self.transform(image, labels) if self.transform else (image, labels)
 
     def known(self) -> str:

@@ -32,7 +32,7 @@ class Layout:
         for place in ("{part}/{labels}", "{labels}/{part}")
     )
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _PARTS)
-    listed: str | None = None  # a file that lists the stems of a part
+    listed: tuple[str, ...] = ()  # a file that lists the stems of a part: the first of these that is there
     image_ending: str = ""  # what follows the common part of the names
     label_ending: str = ""
     classes: str | None = None  # file of class names; None: the user's
@@ -45,8 +45,10 @@ _CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31,
 _CONTEXT = {
     "images": ("JPEGImages",),
     "labels": ("SegmentationClassContext",),
-    "listed": "ImageSets/SegmentationContext/{part}.txt",
+    "listed": ("ImageSets/SegmentationContext/{part}.txt",),
 }
+_VOC_LIST = "ImageSets/Segmentation/{part}.txt"
+_VOC = {"images": ("JPEGImages",), "classes": "pascal_voc", "label_map": {255: _IGNORE}}
 LAYOUTS = {
     "folder": Layout(),
     "ade20k": Layout(classes="ade20k", label_map=_shift(150)),
@@ -54,9 +56,23 @@ LAYOUTS = {
         ("images",),
         ("annotations",),
         {"train": ("train",), "val": ("test",), "test": ("test",)},
-        "imageLists/{part}.txt",
+        ("imageLists/{part}.txt",),
         classes="cocostuff",
         label_map={0: _IGNORE} | {label: k for k, label in enumerate(_COCO)},
+    ),
+    "cocostuff164k": Layout(
+        ("images/{part}",),
+        ("stuffthingmaps/{part}", "annotations/{part}"),
+        {"train": ("train2017",), "val": ("val2017",)},
+        classes="cocostuff",
+        label_map=dict.fromkeys([*range(182), 255], _IGNORE) | {label - 1: k for k, label in enumerate(_COCO)},
+    ),
+    "pascal_voc": Layout(**_VOC, labels=("SegmentationClass",), listed=(_VOC_LIST,)),
+    "pascal_voc_aug": Layout(
+        **_VOC,
+        labels=("SegmentationClassAug",),
+        parts={"train": ("train_aug",), "val": ("val",)},
+        listed=("ImageSets/SegmentationAug/{part}.txt", _VOC_LIST),
     ),
     "pascal_context_59": Layout(**_CONTEXT, classes="pascal_context_59", label_map=_shift(59)),
     "pascal_context_60": Layout(**_CONTEXT, classes="pascal_context_60"),
@@ -91,7 +107,8 @@ def open_data(
         part: "train", "val" or "test"; None: `root` itself has images/ and labels/; of a CSV, the rows without a part.
         layout: "folder": ROOT/train/images/a.jpg with ROOT/train/labels/a.png (or ROOT/images/train, ROOT/labels/train;
             masks and annotations are names for labels too); or a data set as it is downloaded: "ade20k",
-            "cocostuff10k", "pascal_context_59", "pascal_context_60", "cityscapes", "camvid".
+            "cocostuff10k", "cocostuff164k", "pascal_voc", "pascal_voc_aug", "pascal_context_59", "pascal_context_60",
+            "cityscapes", "camvid".
         classes: names, or a file of them; None: the layout's, or ROOT/classes.txt, or ROOT/../classes.txt.
         ignore_index, label_map, transform, channels: see SegmentationDataset; label_map is applied after the layout's
             own.
@@ -138,8 +155,8 @@ def find_pairs(root: str | Path, part: str | None = None, layout: str = "folder"
             raise FileNotFoundError(f"{root}: the {layout} layout has parts; name one of {', '.join(places.parts)}")
         raise FileNotFoundError(f"{root}: no folder {' or '.join(looked)} ({layout} layout)")
     images, labels, name = folders
-    stems = (root / places.listed.format(part=name)).read_text().split() if places.listed and name else None
-    return _match(images, labels, places, stems)
+    listed = _list(root, places, name)
+    return _match(images, labels, places, None if listed is None else _stems(listed))
 
 
 def has_part(root: str | Path, part: str | None, layout: str = "folder") -> bool:
@@ -199,8 +216,8 @@ def _folders(root: Path, part: str | None, places: Layout) -> tuple[tuple[Path, 
     """Folder of images, of labels and the part's name in this data set, if they are there; and what was looked for."""
     looked = []
     for name in (None,) if part is None else places.parts.get(part, (part,)):
-        if places.listed and name is not None and not (root / places.listed.format(part=name)).is_file():
-            looked.append(places.listed.format(part=name))
+        if places.listed and name is not None and _list(root, places, name) is None:
+            looked += _inside(places.listed, name)
             continue
         for images in _inside(places.images, name):
             if not (root / images).is_dir():
@@ -215,6 +232,17 @@ def _folders(root: Path, part: str | None, places: Layout) -> tuple[tuple[Path, 
                 return (root / images, root / found, name), looked
             looked += labels
     return None, looked
+
+
+def _list(root: Path, places: Layout, name: str | None) -> Path | None:
+    """The file that lists a part."""
+    files = [] if name is None else [root / place for place in _inside(places.listed, name)]
+    return next((path for path in files if path.is_file()), None)
+
+
+def _stems(listed: Path) -> list[str]:
+    """One a line: 2007_000032, or as the lists of the augmented Pascal VOC, /JPEGImages/2007_000032.jpg /Segm….png."""
+    return [Path(line.split()[0]).stem for line in listed.read_text().splitlines() if line.strip()]
 
 
 def _inside(folders: tuple[str, ...], name: str | None) -> list[str]:

@@ -1,7 +1,9 @@
 """An endless order of samples; what is drawn for one depends on seed and position, not on who loads it or when."""
 
 import hashlib
+import os
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -79,7 +81,7 @@ class Stream(Dataset):
                     raise ValueError(unread[-1])
                 yield images, labels, unread
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not re.search(r"DataLoader worker \(pid.*(killed|exited)", str(error)):
                 raise
             what = "a process that loads data was killed: out of memory, or of shared memory?"
             raise RuntimeError(f"{what} --workers 0 needs none, fewer workers need less") from error
@@ -92,6 +94,16 @@ class Stream(Dataset):
             return None, None, [f"{said}{failed[-1]}"]
         images, labels = zip(*(sample for sample, _ in samples))
         return torch.stack(images), torch.stack(labels), unread
+
+
+def default_workers(processes: int = 1) -> int:
+    """Processes that load data for each of so many: as many as it has CPU cores, up to 8; without a GPU, whose work the
+
+    cores then do, one at most.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // processes
+    return min(8, share) if torch.cuda.is_available() else min(1, share // 2)
 
 
 def mix(*parts) -> int:
