@@ -42,14 +42,18 @@ def test_files_can_be_read_by_others(tmp_path):
 
 
 def test_the_newest_are_kept_and_a_half_written_one_does_not_count(tmp_path):
+    whole = {"seconds": 1.0, "options": {}, "optimizer": {}, "ema": None, "skipped": 0}
     for step in (5, 100, 20):
-        save_checkpoint(model(), tmp_path / f"step_{step:08d}", {"step": step})
+        save_checkpoint(model(), tmp_path / f"step_{step:08d}", whole | {"step": step})
     (tmp_path / "step_00000999").mkdir()
-    assert load_state(step_folders(tmp_path)[-1]) == {"step": 100}
+    assert load_state(step_folders(tmp_path)[-1]) == whole | {"step": 100}
     keep_newest(tmp_path, 2)
     assert [path.name for path in step_folders(tmp_path)] == ["step_00000020", "step_00000100"]
     (tmp_path / "step_00000100" / "training.pt").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"training\.pt: cannot be read; --model .*00000100 starts from its weights"):
+        load_state(step_folders(tmp_path)[-1])
+    torch.save({"model": {}}, tmp_path / "step_00000100" / "training.pt")
+    with pytest.raises(ValueError, match=r"training\.pt: not written by this version of segvit; --model .*00000100"):
         load_state(step_folders(tmp_path)[-1])
 
 

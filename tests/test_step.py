@@ -66,7 +66,7 @@ def replays(monkeypatch):
 
     def capture(call, pool, device):
         counts["captured"] += 1
-        packed = torch.zeros(1 + 3 * 3)
+        packed = torch.zeros(1 + 3 * 3 + 1)
 
         def replay():
             counts["replayed"] += 1
