@@ -142,8 +142,7 @@ def fit(
                 record["miou"] = _or_none(validate(record["step"], optimization.weights.evaluated()).miou)
         records.append(record)
         if log is not None:
-            with log.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            _append(log, record)
         if track is not None:
             track(record)
         return record.get("miou", miou)
@@ -326,6 +325,14 @@ class _Clock:
         passed, pauses, waited = (new - old for new, old in zip(now, self.mark))
         self.mark = now
         return round(waited / max(passed - pauses, 1e-6), 4)
+
+
+def _append(log: Path, record: dict) -> None:
+    try:
+        with log.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise OSError(f"{log}: cannot be written ({error.strerror})") from error
 
 
 def _agree(stopped: Callable[[], bool], accelerator, step: int) -> bool:
