@@ -147,6 +147,12 @@ def test_two_processes_are_one_with_the_joint_batch(ranks, case, fsdp):
     close(weights, both[1][case, fsdp][1][-1][1], 0)
 
 
+def test_parts_of_a_batch_are_the_batch(ranks):
+    alone, _ = ranks
+    torch.testing.assert_close(alone["micro batches"][0], alone["plain"][0], rtol=1e-9, atol=1e-9)
+    close(alone["micro batches"][1][-1][1], alone["plain"][1][-1][1], 1e-9)
+
+
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 def test_a_run_goes_on_with_other_processes_than_it_began_with(ranks, fsdp):
     alone, both = ranks

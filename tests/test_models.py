@@ -288,6 +288,29 @@ def test_parameter_groups_hold_every_parameter_once(shrink):
     assert id(model.upsample.projections[0][1].weight) not in norms
 
 
+def test_layer_decay_slows_down_what_is_far_from_the_features():
+    model = tiny(final_norm=True)
+    depth = len(model.backbone.model.blocks)
+    groups = model.parameter_groups(lr=1.0, weight_decay=0.5, decoder_lr=7.0, layer_decay=0.5)
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    vit = model.backbone.model
+    assert rates[id(vit.norm.weight)] == (1.0, 0.0)
+    for i, block in enumerate(vit.blocks):
+        assert rates[id(block.mlp.fc1.weight)] == (0.5 ** (depth - 1 - i), 0.5)
+        assert rates[id(block.norm1.weight)] == (0.5 ** (depth - 1 - i), 0.0)
+    assert rates[id(vit.patch_embed.proj.weight)] == rates[id(vit.pos_embed)] == (0.5**depth, 0.5)
+    assert rates[id(model.decoder.queries)] == (7.0, 0.5)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (50, 70)])
+def test_edge_patches_are_those_of_the_models_logits(size):
+    model = tiny(shrink="edge")
+    out = model(torch.randn(1, 3, *size))
+    assert model.edge_patches(size) == (tuple(out.edge_logits.shape[1:]), out.extent)
+    assert tiny().edge_patches(size) is None
+
+
 @pytest.mark.parametrize("shrink", [None, "v1", "light", "edge"])
 def test_saving_and_loading_gives_the_same_model(tmp_path, shrink):
     model = tiny(3, class_names=["sky", "road", "tree"], shrink=shrink, decoder_layers=2).eval()

@@ -96,9 +96,7 @@ def test_a_log_that_cannot_be_written_is_said(shapes_folder, tmp_path):  # noqa:
     run = tmp_path / "run"
     run.mkdir()
     (run / "log.jsonl").symlink_to("/dev/full")
-    expected = (
-        r"^\S+/log\.jsonl: cannot be written \(No space left on device\); the last checkpoint is .*step_00000002$"
-    )
+    expected = r"^\S+/log\.jsonl: cannot be written \(No space left.*\); the last checkpoint is .*step_00000002$"
     with pytest.raises(OSError, match=expected):
         train(shapes_folder, run, steps=4, validate_every=2)
 

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 import segvit
-from segvit.checkpoints import step_folders
+from segvit.checkpoints import load_state, step_folders
 from segvit.data import Shapes
 from segvit.data.layouts import find_pairs
 from segvit.metrics import Scores
@@ -293,10 +293,79 @@ def test_a_model_goes_on_with_other_classes(shapes_folder, tmp_path, capsys):
         train(root, tmp_path / "first", resume=True)
 
 
+def test_total_batch_is_made_of_parts(shapes_folder, tmp_path, monkeypatch):
+    sizes, forward = [], segvit.SegViT.forward
+    monkeypatch.setattr(segvit.SegViT, "forward", lambda self, x: (sizes.append(len(x)), forward(self, x))[1])
+    monkeypatch.setattr("segvit.runs.evaluate", lambda *_, **__: Scores(*NO_SCORES))
+    train(shapes_folder, tmp_path / "parts", steps=2, batch_size=2, total_batch=5)
+    assert sizes == [2, 2, 1] * 2
+
+
+def test_the_best_model_is_the_average_of_the_weights(shapes_folder, tmp_path):
+    run = tmp_path / "run"
+    train(shapes_folder, run, steps=4, lr=1e-2, ema=0.5, validate_every=4)
+    state = load_state(step_folders(run)[-1])
+    best = segvit.SegViT.from_pretrained(run / "best")
+    assert all(torch.equal(p, state["ema"][name]) for name, p in best.named_parameters())
+    assert not torch.equal(best.decoder.queries, weights(run)["decoder.queries"])
+
+
+def test_a_deterministic_run_asks_torch_for_it_and_leaves_it_as_it_was(shapes_folder, tmp_path, monkeypatch):
+    seen, forward = [], segvit.SegViT.forward
+
+    def watched(self, images):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return forward(self, images)
+
+    monkeypatch.setattr(segvit.SegViT, "forward", watched)
+    train(shapes_folder, tmp_path / "run", steps=2, deterministic=True)
+    assert seen
+    assert all(seen)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_records_reach_tensorboard(shapes_folder, tmp_path, workers):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    train(shapes_folder, run, steps=20, validate_every=10, trackers="tensorboard", workers=workers)
+    events = EventAccumulator(str(next(run.rglob("events.*")).parent)).Reload()
+    for name in ("loss", "miou", "waiting", "lr"):
+        found = {event.step: event.value for event in events.Scalars(name)}
+        assert found == pytest.approx({r["step"]: r[name] for r in log(run)})
+
+
+def test_a_run_on_wandb_goes_on_as_the_same_run(shapes_folder, tmp_path, monkeypatch):
+    import accelerate
+
+    started, logged = [], []
+    monkeypatch.setattr("segvit.runs.find_spec", lambda name: name)
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda *_: [])
+    monkeypatch.setattr(accelerate.Accelerator, "init_trackers", lambda self, *args: started.append(args))
+    monkeypatch.setattr(accelerate.Accelerator, "log", lambda self, values, step: logged.append(step))
+    for resume in (False, True):
+        train(shapes_folder, tmp_path / "run", steps=4 if resume else 2, trackers=["wandb"], resume=resume)
+    first, second = (arguments[2]["wandb"] for arguments in started)
+    assert first == second
+    assert first["resume"] == "allow"
+    assert len(first["id"]) == 8
+    assert started[0][0] == "segvit"
+    assert started[0][1]["steps"] == 2
+    assert logged == [2, 4]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"steps": 0}, ValueError, "steps must be at least 1"),
+        ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be at least 1"),
+        ({"total_batch": 0}, ValueError, "total_batch must be a multiple of the number of processes"),
+        ({"precision": "fp8"}, ValueError, "precision must be no, bf16 or fp16, got 'fp8'"),
+        ({"compile": "yes"}, ValueError, "compile must be no, model or step, got 'yes'"),
+        ({"ema": 1.5}, ValueError, "ema must be between 0 and 1, as 0.999, got 1.5"),
+        ({"trackers": "neptune"}, ValueError, "trackers must be tensorboard, wandb or mlflow, got 'neptune'"),
+        ({"trackers": ["mlflow"]}, ValueError, "the tracker mlflow is not installed: pip install mlflow"),
         ({"keep": 0}, ValueError, "keep must be at least 1"),
         ({"validate_every": -1}, ValueError, "validate_every must be at least 1"),
         ({"scale": [2.0, 1.0]}, ValueError, "scale must be"),
@@ -309,6 +378,7 @@ def test_a_model_goes_on_with_other_classes(shapes_folder, tmp_path, capsys):
 )
 def test_what_does_not_fit_is_said(options, error, message, shapes_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("segvit.runs.fit", None)  # said before training
+    monkeypatch.setattr("segvit.runs.find_spec", lambda name: None)
     with pytest.raises(error, match=message):
         train_folder(str(shapes_folder), **(TINY | {"out": str(tmp_path / "run"), "steps": 4} | options))
 

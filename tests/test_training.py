@@ -1,4 +1,5 @@
 import copy
+import time
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import segvit
 from segvit.data import Shapes
 from segvit.data.stream import Stream
 from segvit.demo import run_demo, small_model
+from segvit.metrics import Scores
 from segvit.training import fit, polynomial
 
 
@@ -143,6 +145,129 @@ def test_the_demo_writes_its_picture_and_model(tmp_path):
     assert Image.open(picture).width > 3 * 96
     assert segvit.SegViT.from_pretrained(tmp_path / "demo" / "model").class_names == list(Shapes.classes)
     assert sum(p.numel() for p in small_model().parameters()) < 1.1e6
+
+
+def test_edge_logits_of_parts_add_up():
+    """Parts with different numbers of patches that count; one without any label, one with half of them."""
+
+    class Uneven(Cropped):
+        def __getitem__(self, i):
+            image, labels = super().__getitem__(i)
+            labels[: (0, 32, 16)[i % 3]] = 255
+            return image.double(), labels
+
+    runs = []
+    for micro_batch in (None, 1, 4):
+        torch.manual_seed(0)
+        m = model(shrink="edge").double()
+        loss = segvit.ATMLoss(6).double()
+        records = fit(m, loss, Uneven(18, 32), steps=3, batch_size=6, micro_batch=micro_batch, validate_every=1)
+        runs.append(([(r["loss"], r["edge"], r["ce"]) for r in records], m.state_dict()))
+    for records, weights in runs[1:]:
+        torch.testing.assert_close(torch.tensor(records), torch.tensor(runs[0][0]))
+        for name, value in weights.items():
+            torch.testing.assert_close(value, runs[0][1][name], rtol=1e-9, atol=1e-9)
+
+
+def test_the_average_of_the_weights_is_what_is_validated():
+    m, raw, seen, saved = model(), [], [], []
+    start = {name: p.detach().clone() for name, p in m.named_parameters()}
+
+    def validate(step, evaluated):
+        assert evaluated is not m
+        raw.append({name: p.detach().clone() for name, p in m.named_parameters()})
+        seen.append({name: p.detach().clone() for name, p in evaluated.named_parameters()})
+        return Scores(*(0.5, 0.5, 0.5, [], [], []))
+
+    keep = {"checkpoint": lambda state, weights: saved.append(copy.deepcopy((state["ema"], weights)))}
+    recipe = {"steps": 20, "batch_size": 2, "lr": 1e-3, "ema": 0.6, "validate_every": 1}
+    fit(m, segvit.ATMLoss(6), Cropped(8, 32), **recipe, validate=validate, **keep)
+    for step, (now, average) in enumerate(zip(raw, seen), 1):
+        decay = min(0.6, (1 + step) / (10 + step))
+        for name in start:
+            start[name] = decay * start[name] + (1 - decay) * now[name]
+            torch.testing.assert_close(average[name], start[name], rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(value, seen[-1][name]) for name, value in saved[-1][0].items())
+    assert all(torch.equal(value, saved[-1][1][name]) for name, value in raw[-1].items())
+
+
+@pytest.mark.parametrize("compile", ["model", "step"])
+def test_compiled_training_is_the_same_training(compile):
+    losses = []
+    for how in ("no", compile):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        records = fit(model(), segvit.ATMLoss(6), Cropped(16, 32), steps=4, batch_size=4, compile=how, validate_every=1)
+        losses.append([r["loss"] for r in records])
+    assert len(losses[1]) == 4
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_step_is_what_runs_and_tells_of_infinite_gradients(monkeypatch):
+    steps, call = [], segvit.step._Step.__call__
+    monkeypatch.setattr(segvit.step._Step, "__call__", lambda self, *a: (steps.append(1), call(self, *a))[1])
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    fit(model(), segvit.ATMLoss(6), Cropped(16, 32), steps=3, batch_size=2, compile="step")
+    assert len(steps) == 3
+    m = model()
+    m.decoder.class_embed.weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(FloatingPointError, match="since step 1"):
+        fit(m, segvit.ATMLoss(6), Cropped(16, 32), steps=3, batch_size=2, compile="step")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile": "everything"}, "compile must be one of no, model, step, got 'everything'"),
+        ({"compile": "step", "micro_batch": 1}, "compile=step does not go with micro batches; compile=model does"),
+        ({"fsdp": True}, "fsdp spreads a model over processes, and there is one; start several with torchrun"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(model(), segvit.ATMLoss(6), Cropped(16, 32), steps=1, batch_size=2, **options)
+
+
+def test_time_that_is_spent_waiting_for_data_is_told():
+    class Slow(Cropped):
+        def __getitem__(self, i):
+            time.sleep(0.05)
+            return super().__getitem__(i)
+
+    shares = []
+    for data in (Slow(16, 32), Cropped(16, 32)):
+        records = fit(model(), segvit.ATMLoss(6), data, steps=20, batch_size=2)
+        assert all(0 <= r["waiting"] <= 1 for r in records)
+        shares.append(records[-1]["waiting"])
+    assert shares[0] > 0.5  # a tenth of a second a step
+    assert shares[1] < shares[0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_half_precision_survives_masks_as_large_as_trained_ones(dtype, tolerance):
+    """Mask logits of official checkpoints reach 164. A scaler halves its factor until all gradients are finite."""
+    m, loss = model(), segvit.ATMLoss(6)
+    with torch.no_grad():
+        for stage in m.decoder.stages:
+            stage.kv.weight *= 7
+            stage.layers[-1].q.weight *= 7
+    images, labels = (torch.stack(t) for t in zip(*(Cropped(4, 32)[i] for i in range(4))))
+
+    def gradients(dtype, scale):
+        m.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = m(images)
+        terms = loss(out, labels)
+        (terms.total * scale).backward()
+        return terms.total.item(), out.mask_logits, torch.cat([p.grad.flatten() for p in m.parameters()]) / scale
+
+    total, masks, _ = gradients(torch.float32, 1.0)
+    assert masks.abs().max() > 164
+    scale = 2.0**16  # where scalers begin
+    while not (found := gradients(dtype, scale))[2].isfinite().all():
+        scale /= 2
+    assert scale >= 16
+    assert found[0] == pytest.approx(total, rel=tolerance)
 
 
 @pytest.mark.gpu
