@@ -165,6 +165,7 @@ def train_folder(
     options = json.loads(json.dumps(locals(), default=str))
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import patch_environment, set_seed
     except ImportError as error:
         raise RuntimeError("training needs Accelerate: pip install 'segvit[train]'") from error
@@ -173,6 +174,7 @@ def train_folder(
     _check_options(steps, batch_size, keep, validate_every, checkpoint_every, scale, precision, compile, ema, trackers)
     fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate launch --use_fsdp
     set_seed(seed)
+    AcceleratorState._reset_state()  # of an earlier run in this Python, whose precision it would insist on
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # ours works on a CPU, too, and loads any checkpoint
         accelerator = Accelerator(
             mixed_precision=precision, log_with=trackers or None, project_dir=out, cpu=_only_cpu()

@@ -300,7 +300,7 @@ def test_every_command_has_help_with_an_example(command, capsys):
         (
             ["train", "DATA", *TINY, "--config", "no_such_recipe"],
             2,
-            "recipes that come with segvit: custom, segvit_base",
+            "recipes that come with segvit: custom, gpu_12gb, gpu_24gb",
         ),
         (["train", "DATA", *TINY, "--label_map", "{0: 77}"], 1, "0 goes to 77, which is neither a class"),
         (["train", "DATA", *TINY, "--layout", "voc"], 1, "layout must be one of folder, ade20k"),

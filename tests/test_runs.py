@@ -386,13 +386,14 @@ def test_what_does_not_fit_is_said(options, error, message, shapes_folder, tmp_p
 def test_recipes_are_arguments_of_training():
     recipes = sorted(Path(segvit.__file__).parent.glob("recipes/*.yaml"))
     published = {info.name: info for info in list_models() if info.published}
-    assert {path.stem for path in recipes} == {*published, "custom"}
+    cards = {"gpu_8gb", "gpu_12gb", "gpu_24gb", "gpu_80gb"}
+    assert {path.stem for path in recipes} == {*published, *cards, "custom"}
     for path in recipes:
         options = yaml.safe_load(path.read_text())
         assert set(options) <= set(train_folder.__annotations__)
         if path.stem in published:
             info = published[path.stem]
             assert (options["model"], options["crop"]) == (info.name, info.image_size[0])
-            assert options["batch_size"] == 16
-            assert path.read_text().splitlines()[1].startswith("# segvit train ")
-            assert f"--config {path.stem}" in path.read_text().splitlines()[1]
+            assert options["batch_size"] == options["total_batch"] == 16
+        assert path.read_text().splitlines()[1].startswith("# segvit train ")
+        assert f"--config {path.stem}" in path.read_text().splitlines()[1]
