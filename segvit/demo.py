@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from segvit.data import Shapes
+from segvit.data.stream import default_workers
 from segvit.evaluation import evaluate
 from segvit.inference import predict
 from segvit.losses import ATMLoss
@@ -52,7 +53,8 @@ def run_demo(out: str | Path = "demo", steps: int = 220, seed: int = 0) -> tuple
     model = small_model()
     loss = ATMLoss(model.num_classes, Shapes.ignore_index)
     data = Shapes(16 * steps, SIZE, seed=seed + 1, transform=_Normalised(model))
-    fit(model, loss, data, steps=steps, batch_size=16, lr=1e-3, decoder_lr=1.0, warmup=steps // 20, clip=5.0, seed=seed)
+    recipe = {"batch_size": 16, "lr": 1e-3, "decoder_lr": 1.0, "warmup": steps // 20, "clip": 5.0, "seed": seed}
+    fit(model, loss, data, steps=steps, **recipe, workers=default_workers())
     unseen = Shapes(200, SIZE, seed=seed + 2)
     scores = evaluate(model, unseen)
     rows = []
