@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from test_training import Cropped, model
 
 import segvit
 from segvit.metrics import BoundaryIoU, ConfusionMatrix
 from segvit.ops import mask_decode, mask_loss, token_downsample
+from segvit.training import fit
 
 pytestmark = pytest.mark.gpu
 
@@ -116,3 +118,47 @@ def test_scores_of_a_data_set_stay_on_the_device():
     cpu = BoundaryIoU(5)
     cpu.update(predicted.cpu(), truth.cpu())
     assert edges.compute() == pytest.approx(cpu.compute())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "fp16"},
+        {"precision": "bf16", "compile": "step"},
+        {"precision": "bf16", "compile": "model", "micro_batch": 2, "ema": 0.9},
+    ],
+    ids=["fp16 with a scaler", "captured step", "compiled model"],
+)
+def test_a_training_goes_on_where_it_was(options):
+    """Losses fall, and six steps are three and three more, as closely as the GPU's own sums repeat."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    runs = []
+    for stops in ((6,), (3, 6)):
+        torch.manual_seed(0)
+        m, state, losses = model(), None, []
+        for steps in stops:
+            AcceleratorState._reset_state()
+            accelerator, saved = Accelerator(mixed_precision=options["precision"]), []
+            recipe = {"steps": 6, "batch_size": 4, "lr": 1e-3, "validate_every": 1, "accelerator": accelerator}
+            recipe |= {name: value for name, value in options.items() if name != "precision"}
+            asked = iter([False] * (steps - len(losses) - 1) + [steps < 6])
+            try:
+                losses += [
+                    r["loss"]
+                    for r in fit(
+                        m,
+                        segvit.ATMLoss(6),
+                        Cropped(24, 32),
+                        **recipe,
+                        state=state,
+                        checkpoint=lambda training, weights, kept=saved: kept.append(training),
+                        stopped=lambda left=asked: next(left),
+                    )
+                ]
+            except KeyboardInterrupt:
+                state = saved[-1]
+        runs.append(losses)
+    assert runs[0][-1] < runs[0][0]
+    torch.testing.assert_close(runs[1][-3:], runs[0][-3:], rtol=0.02, atol=0.02)
