@@ -8,11 +8,14 @@ Needs Triton and no GPU: kernels are compiled ahead of time and their machine co
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -156,16 +159,18 @@ def _run(*command: object) -> str:
 
 
 def static_table(architectures: tuple[str, ...] = tuple(ARCHITECTURES)) -> list[dict]:
-    """One row a kernel, variant and architecture."""
-    rows = []
-    for op, cases in CASES.items():
-        for kernel, variant, types, known, options in cases():
-            for arch in architectures:
-                binary = compiled(kernel, types, known, options, arch)
-                found = resources(binary.asm["cubin"])
-                shared = {"shared_bytes": binary.metadata.shared}
-                rows.append({"op": op, "kernel": kernel.__name__, "variant": variant, "arch": arch, **found, **shared})
-    return rows
+    """One row a kernel, variant and architecture; as many processes compile as there are cores."""
+    tasks = [(op, i, arch) for op, cases in CASES.items() for i, _ in enumerate(cases()) for arch in architectures]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        return list(pool.map(_row, tasks))
+
+
+def _row(task: tuple[str, int, str]) -> dict:
+    op, i, arch = task
+    kernel, variant, types, known, options = list(CASES[op]())[i]
+    binary = compiled(kernel, types, known, options, arch)
+    names = {"op": op, "kernel": kernel.__name__, "variant": variant, "arch": arch}
+    return names | resources(binary.asm["cubin"]) | {"shared_bytes": binary.metadata.shared}
 
 
 def main() -> None:
