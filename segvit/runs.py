@@ -203,7 +203,7 @@ def train_folder(
         activation_checkpointing=activation_checkpointing,
     )
     if channels not in (3, len(network.mean)):
-        raise ValueError(f"channels: {model or newest} takes {len(network.mean)}, not {channels}")
+        raise ValueError(f"channels: {model or found} takes {len(network.mean)}, not {channels}")
     train.channels = val.channels = len(network.mean)
     mean, std = network.mean.tolist(), network.std.tolist()
     evaluation = {"mode": mode, "short_side": short_side}
@@ -252,7 +252,7 @@ def train_folder(
         accelerator.wait_for_everyone()
         return scores
 
-    with stop_signals() as stopped, last_good(run, main), _deterministic(deterministic):
+    with stop_signals() as stopped, last_good(run, main), _deterministic(deterministic), _finished(accelerator):
         records = fit(
             network,
             ATMLoss(len(train.classes), ignore_index, ignored),
@@ -283,7 +283,6 @@ def train_folder(
             state=state,
             stopped=stopped,
         )
-    accelerator.end_training()
     return best | {"records": records, "main_process": main}
 
 
@@ -304,11 +303,12 @@ def _batches(batch_size: int, total: int | None, processes: int) -> tuple[int, i
 
 def _from_main(accelerator, call: Callable[[], str | None]) -> str | None:
     """What the main process finds, however long it takes; the others wait for it."""
+    if accelerator.num_processes == 1:
+        return call()
+    patient = dist.new_group(timeout=timedelta(days=1), backend="gloo")
     found = [call() if accelerator.is_main_process else None]
-    if accelerator.num_processes > 1:
-        patient = dist.new_group(timeout=timedelta(days=1), backend="gloo")
-        dist.broadcast_object_list(found, group=patient)
-        dist.destroy_process_group(patient)
+    dist.broadcast_object_list(found, group=patient)
+    dist.destroy_process_group(patient)
     return found[0]
 
 
@@ -323,6 +323,16 @@ def _tracking(accelerator, trackers: list[str], options: dict, run_id: str) -> C
         accelerator.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
 
     return track
+
+
+@contextmanager
+def _finished(accelerator) -> Iterator[None]:
+    """Trackers write what they hold back, however the training ends."""
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 @contextmanager
