@@ -59,7 +59,8 @@ def peak_bytes(recipe: dict) -> tuple[int, int]:
     step = sum(max(kinds.values()) for kinds in snapshot.values())  # the largest entry of a device is their sum
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
-    return step + 8 * trained + (4 * everything if recipe.get("ema") else 0), everything
+    parts = 4 if recipe.get("total_batch", 0) > recipe["batch_size"] else 0  # gradients of the parts before, at most
+    return step + (8 + parts) * trained + (4 * everything if recipe.get("ema") else 0), everything
 
 
 def main() -> None:

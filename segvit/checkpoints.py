@@ -111,8 +111,13 @@ def step_folders(run: str | Path) -> list[Path]:
 def keep_newest(run: str | Path, count: int) -> None:
     """Remove all but the newest `count` step checkpoints."""
     for folder in step_folders(run)[:-count]:
-        os.replace(folder, _beside(folder, "old"))  # never half a checkpoint under its own name
-        shutil.rmtree(_beside(folder, "old"))
+        remove_checkpoint(folder)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """There is never half a checkpoint under its own name."""
+    os.replace(folder, _beside(folder, "old"))
+    shutil.rmtree(_beside(folder, "old"))
 
 
 def load_state(folder: Path) -> dict:

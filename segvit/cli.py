@@ -277,7 +277,7 @@ def _evaluate_arguments(parser: Parser) -> None:
         "--workers",
         type=int | None,
         default=None,
-        help="processes that read images ahead; none without a GPU, else up to 8",
+        help="processes that read images ahead; one without a GPU, else up to 8",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON value and nothing else to stdout")
     _prediction_arguments(parser)

@@ -1,6 +1,7 @@
 """Going on where a run stopped, and stopping so that it can."""
 
 import json
+import os
 import re
 import signal
 import sys
@@ -95,13 +96,13 @@ def compare_options(old: dict, new: dict, main: bool) -> None:
 
 
 @contextmanager
-def last_good(run: Path, main: bool) -> Iterator[None]:
+def last_good(run: Path) -> Iterator[None]:
     """Say with what stops a training where it can go on."""
     try:
         yield
     except (FloatingPointError, KeyboardInterrupt, OSError, RuntimeError, ValueError) as error:
         kept = step_folders(run)
-        if not main or (isinstance(error, ValueError) and not kept):
+        if isinstance(error, ValueError) and not kept:
             raise
         where = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         kind = next(
@@ -119,16 +120,19 @@ def _in_words(error: BaseException) -> str:
         return f"the GPU has too little memory; {remedies} ({text[:200]})"
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several and isinstance(error, RuntimeError) and re.search("gloo|nccl|connection|peer|socket", text, re.I):
-        return f"another process of this training is gone; the same command with --resume goes on ({text[:200]})"
+        gone = "another process of this training is gone, and may say why"
+        return f"{gone}; the same command with --resume goes on ({text[:200]})"
     return text
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Ctrl-C (or SIGTERM) asks to stop after the step; a second one stops at once."""
-    asked = threading.Event()
+    asked, process = threading.Event(), os.getpid()
 
     def handle(number, frame):
+        if os.getpid() != process:  # one that loads data, and inherits this
+            return
         if asked.is_set():
             raise KeyboardInterrupt("stopped at once")
         asked.set()

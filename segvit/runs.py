@@ -4,7 +4,6 @@ import difflib
 import json
 import os
 import secrets
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from segvit.checkpoints import (
     load_model,
     load_state,
     make_folder,
+    remove_checkpoint,
     save_checkpoint,
     with_classes,
 )
@@ -78,7 +78,7 @@ def train_folder(
     clip: float = 35.0,
     ema: float | None = None,
     ignored: str = "masked",
-    precision: str | bool = "no",
+    precision: str | bool | None = None,
     compile: str | bool = "no",
     fsdp: bool = False,
     deterministic: bool = False,
@@ -137,7 +137,7 @@ def train_folder(
         clip: largest norm of the gradients.
         ema: decay of a moving average of the weights, 0.999 say, which is validated and kept as the best then.
         ignored: masked leaves ignored pixels out of the masks' loss; negative counts them as the official code does.
-        precision: no (float32), bf16 or fp16.
+        precision: no (float32), bf16 or fp16; by default what `accelerate launch` says, else no.
         compile: no; model (torch.compile, goes with everything); or step: all of a training step at once, on a GPU as a
             CUDA graph (one process, no fp16, batches in one piece).
         fsdp: spread weights, gradients and optimizer state over the processes (FSDP2), for large models.
@@ -169,13 +169,16 @@ def train_folder(
         from accelerate.utils import patch_environment, set_seed
     except ImportError as error:
         raise RuntimeError("training needs Accelerate: pip install 'segvit[train]'") from error
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") if precision is None else precision
     precision, compile = ("no" if name is False else name for name in (precision, compile))  # YAML reads no as false
+    options |= {"precision": precision, "compile": compile}
     trackers = [trackers] if isinstance(trackers, str) else list(trackers or [])
     _check_options(steps, batch_size, keep, validate_every, checkpoint_every, scale, precision, compile, ema, trackers)
     fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate launch --use_fsdp
     set_seed(seed)
     AcceleratorState._reset_state()  # of an earlier run in this Python, whose precision it would insist on
-    with patch_environment(ACCELERATE_USE_FSDP="false"):  # ours works on a CPU, too, and loads any checkpoint
+    own = {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}  # ours: exact, and on a CPU
+    with patch_environment(**own):
         accelerator = Accelerator(
             mixed_precision=precision, log_with=trackers or None, project_dir=out, cpu=_only_cpu()
         )
@@ -223,7 +226,7 @@ def train_folder(
         best["miou"] = go_on(run, state, accelerator)
     elif main:
         for path in own_files(run):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove_checkpoint(path) if path.is_dir() else path.unlink()
         if split:
             write_table(run / HELD_OUT, val.pairs)
             share = f"{len(val)} of {len(train) + len(val)} images are held out"
@@ -232,7 +235,7 @@ def train_folder(
     share = accelerator.process_index, accelerator.num_processes
     workers = default_workers(share[1]) if workers is None else workers
     run_id = secrets.token_hex(4) if state is None else state["run_id"]
-    track = _tracking(accelerator, trackers, options, run_id)
+    track = _tracking(accelerator, trackers, options, run_id, out)
 
     def checkpoint(training: dict, weights: dict[str, Tensor]) -> None:
         if main:
@@ -252,7 +255,7 @@ def train_folder(
         accelerator.wait_for_everyone()
         return scores
 
-    with stop_signals() as stopped, last_good(run, main), _deterministic(deterministic), _finished(accelerator):
+    with stop_signals() as stopped, last_good(run), _deterministic(deterministic), _finished(accelerator):
         records = fit(
             network,
             ATMLoss(len(train.classes), ignore_index, ignored),
@@ -312,15 +315,24 @@ def _from_main(accelerator, call: Callable[[], str | None]) -> str | None:
     return found[0]
 
 
-def _tracking(accelerator, trackers: list[str], options: dict, run_id: str) -> Callable[[dict], None] | None:
+def _tracking(accelerator, trackers: list[str], options: dict, run_id: str, out: str) -> Callable[[dict], None] | None:
     """Hands records to Accelerate's trackers."""
     if not trackers:
         return None
     plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in options.items()}
-    accelerator.init_trackers("segvit", plain, {"wandb": {"id": run_id, "resume": "allow"}})
+    try:
+        accelerator.init_trackers("segvit", plain, {"wandb": {"id": run_id, "resume": "allow"}})
+    except Exception as error:  # each tracker has its own
+        raise RuntimeError(f"{', '.join(trackers)}: cannot start tracking ({error})") from error
+    failed = []
 
     def track(record: dict) -> None:
-        accelerator.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+        try:
+            accelerator.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+        except Exception as error:  # no reason to end a training, whose log has it all
+            if not failed:
+                print(f"{', '.join(trackers)}: a record is lost ({error}); {out}/log.jsonl has all", file=sys.stderr)
+            failed.append(error)
 
     return track
 
@@ -405,7 +417,13 @@ def _parts(
     if held is not None and held.is_file():
         val = find_pairs(held)
         images = {image for image, _ in val}
-        return train.subset([pair for pair in train.pairs if pair[0].resolve() not in images]), train.subset(val), True
+        rest = [pair for pair in train.pairs if pair[0].resolve() not in images]
+        if len(rest) + len(val) != len(train):
+            raise ValueError(
+                f"{held} names {len(val)} validation images, of which {len(train) - len(rest)} are in {data}: a run "
+                "goes on with the data it began with; --model with another --out begins a new one"
+            )
+        return train.subset(rest), train.subset(val), True
     kept, split = split_pairs(train.pairs, fraction)
     return train.subset(kept), train.subset(split), True
 
@@ -439,7 +457,8 @@ def _model(
             raise ValueError(f"there is no model {name!r}; near: {', '.join(near)}")
         drop_path = {"drop_path": given["drop_path"]} if "drop_path" in given else {}
         model, said = with_classes(load_model(name), classes, **memory, **drop_path)
-        print(f"{name}: {said}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name}: {said}", file=sys.stderr)
         if crop not in (None, model.image_size):
             print(f"windows of predict and evaluate stay {model.image_size} unless --crop says so", file=sys.stderr)
     return model, crop or model.image_size

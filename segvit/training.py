@@ -111,9 +111,9 @@ def fit(
     optimization = _Optimization(
         model, loss, accelerator, (lr, weight_decay, decoder_lr, layer_decay), clip, micro_batch, ema, compile, fsdp
     )
-    done, skipped = 0, 0
+    done, skipped_before, skipped = 0, 0, 0
     if state is not None:
-        done, skipped = state["step"], state["skipped"]
+        done, skipped_before = state["step"], state["skipped"]
         optimization.load(state)
     optimization.weights.start(None if state is None else state["ema"])
     factor = polynomial(steps, warmup, power)
@@ -132,14 +132,19 @@ def fit(
                 f"the weights are no longer finite at step {record['step']}; lower the learning rate"
             )
         if checkpoint is not None:
-            now = {"step": record["step"], "seconds": record["seconds"], "record": dict(record), "skipped": skipped}
+            now = {
+                "step": record["step"],
+                "seconds": record["seconds"],
+                "record": dict(record),
+                "skipped": record.get("skipped", 0),
+            }
             checkpoint(now | {"ema": average} | optimization.state(), weights)
 
     def finish(record: dict, stops: bool) -> float | None:
         """Validate if it is time, and keep the record."""
         if due(record["step"]) and validate is not None and not stops:
-            with clock.paused():
-                record["miou"] = _or_none(validate(record["step"], optimization.weights.evaluated()).miou)
+            with clock.paused(), optimization.weights.evaluated() as evaluated:
+                record["miou"] = _or_none(validate(record["step"], evaluated).miou)
         records.append(record)
         if log is not None:
             _append(log, record)
@@ -157,7 +162,7 @@ def fit(
                 images, labels, unread = next(batches)
             for problem in unread:
                 skipped += 1
-                tqdm.write(f"left out at step {step} ({skipped} so far): {problem}", file=sys.stderr)
+                tqdm.write(f"left out at step {step} ({skipped_before + skipped} so far): {problem}", file=sys.stderr)
             torch.manual_seed(mix(seed, "step", step, rank))
             terms, finite = optimization.step(images, labels, factor(step - 1))
             optimization.weights.update(step)
@@ -168,8 +173,13 @@ def fit(
             if step % RECORD_EVERY == 0 or saves:
                 if first_bad.item():
                     raise FloatingPointError(_blame(stream, int(first_bad), terms.total.item()))
-                record = {"step": step, **_values(terms), "lr": lr * factor(step - 1), "seconds": clock.seconds()}
-                record |= {"waiting": clock.waited_share()} | ({"skipped": skipped} if skipped else {})
+                if optimization.collapsed():
+                    raise FloatingPointError("no scale of fp16 is small enough for finite gradients; --precision bf16")
+                values = _joint(accelerator, _values(terms) | {"waiting": clock.waited_share(), "skipped": skipped})
+                values["skipped"] = skipped_before + round(values["skipped"] * processes)
+                if not values["skipped"]:
+                    del values["skipped"]
+                record = {"step": step, "lr": lr * factor(step - 1), "seconds": clock.seconds()} | values
                 if saves:
                     with clock.paused():
                         save(record)
@@ -192,14 +202,14 @@ class _Optimization:
         processes = 1 if accelerator is None else accelerator.num_processes
         precision = "no" if accelerator is None else accelerator.mixed_precision
         _check_together(compile, fsdp, processes, precision, micro_batch)
-        if accelerator is not None:
-            model.to(accelerator.device)
+        self.device = next(model.parameters()).device if accelerator is None else accelerator.device
+        if not fsdp:
+            model.to(self.device)
         self.model, self.accelerator, self.clip, self.micro_batch = model, accelerator, clip, micro_batch
-        self.device = next(model.parameters()).device
         self.loss, self.fsdp = loss.to(self.device), fsdp
-        self.weights = Weights(model, ema, fsdp)
+        self.weights = Weights(model, self.device, ema, fsdp)
         if fsdp:
-            shard(model)
+            shard(model, self.device)
         groups = model.parameter_groups(*rates)
         self.rates, self.decays = ([group[name] for group in groups] for name in ("lr", "weight_decay"))
         self.plain = torch.optim.AdamW(groups, lr=rates[0], betas=(0.9, 0.999))  # as torch knows it
@@ -219,6 +229,10 @@ class _Optimization:
     def scaler(self):
         """Of gradients, with fp16; it meets infinite ones on purpose, and skips the step."""
         return getattr(self.accelerator, "scaler", None)
+
+    def collapsed(self) -> bool:
+        """Whether fp16 has skipped step after step until its scale vanished; asks the device."""
+        return self.scaler is not None and self.scaler.get_scale() < 1
 
     def state(self) -> dict:
         scaling = None if self.scaler is None else self.scaler.state_dict()
@@ -325,6 +339,14 @@ class _Clock:
         passed, pauses, waited = (new - old for new, old in zip(now, self.mark))
         self.mark = now
         return round(waited / max(passed - pauses, 1e-6), 4)
+
+
+def _joint(accelerator, values: dict[str, float]) -> dict[str, float]:
+    """Means over all processes."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return values
+    mean = accelerator.reduce(torch.tensor([*values.values()], device=accelerator.device, dtype=torch.float64), "mean")
+    return dict(zip(values, mean.tolist()))
 
 
 def _append(log: Path, record: dict) -> None:

@@ -1,6 +1,8 @@
 """The weights of a training: spread over processes (FSDP2) or not, their moving average, and all of them for a file."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -11,18 +13,18 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def shard(model: nn.Module) -> None:
+def shard(model: nn.Module, device: torch.device) -> None:
     """Spread parameters, gradients and optimizer state over all processes (FSDP2): a unit each block, one the rest.
 
-    The block that became query-based down-sampling is not called as a module, so it belongs to the rest.
+    Units go to the device one by one, so that it never holds the whole model. The block that became query-based
+    down-sampling is not called as a module, so it belongs to the rest.
     """
-    device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for i, block in enumerate(model.backbone.model.blocks):
         if i != model.backbone.shrink_at:
@@ -51,19 +53,20 @@ class Weights:
 
     Args:
         model: a SegViT.
+        device: where it trains.
         ema: decay of the average, 0.999 say; smaller in the first steps, (1 + step) / (10 + step). None: no average.
         sharded: whether the model's parameters will be spread over processes.
     """
 
-    def __init__(self, model: nn.Module, ema: float | None = None, sharded: bool = False):
-        self.model, self.ema, self.sharded = model, ema, sharded
+    def __init__(self, model: nn.Module, device: torch.device, ema: float | None = None, sharded: bool = False):
+        self.model, self.ema, self.sharded, self.device = model, ema, sharded, device
         self.twin = copy.deepcopy(model) if ema is not None or sharded else None
         self._average: list[Tensor] | None = None
 
     def start(self, average: dict[str, Tensor] | None = None) -> None:
         """Once the model is where it trains: begin to average, from a saved average if there is one."""
         if self.twin is not None:
-            self.twin.to(next(self.model.parameters()).device).requires_grad_(False)
+            self.twin.requires_grad_(False)
         if self.ema is None:
             return
         source = self.model if self.sharded else self.twin
@@ -79,14 +82,18 @@ class Weights:
             decay = min(self.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(self._average, [p.detach() for p in self.model.parameters()], 1 - decay)
 
-    @torch.no_grad()
-    def evaluated(self) -> nn.Module:
+    @contextmanager
+    def evaluated(self) -> Iterator[nn.Module]:
         """The model to evaluate and to keep, whole in every process; all processes must ask."""
-        if self.sharded:
-            source = self.model.parameters() if self._average is None else self._average
+        if not self.sharded:
+            yield self.model if self.twin is None else self.twin
+            return
+        source = self.model.parameters() if self._average is None else self._average
+        with torch.no_grad():
             for own, value in zip(self.twin.parameters(), source):
-                own.copy_(whole(value))
-        return self.model if self.twin is None else self.twin
+                own.copy_(whole(value.detach()))
+        yield self.twin.to(self.device)
+        self.twin.cpu()  # it has no place there while the model trains
 
     @torch.no_grad()
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
@@ -101,10 +108,4 @@ class Weights:
 def _spread_like(value: Tensor, p: Tensor) -> Tensor:
     if not isinstance(p, DTensor) or isinstance(value, DTensor):
         return value
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(value, p.device_mesh, p.placements)
-
-
-def is_sharded(network: nn.Module) -> bool:
-    return isinstance(network, FSDPModule)

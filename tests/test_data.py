@@ -453,3 +453,21 @@ def test_camvid_reads():
     image, labels = data[0]
     assert image.shape[1:] == labels.shape == (360, 480)
     assert labels[labels != 255].max() < len(classes) == 11
+
+
+def test_files_whose_parsers_break_are_named(tmp_path):
+    """Pillow and NumPy raise whatever their parsers meet; a run that leaves such a file out must know it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.webp", exif=exif)
+    good = (tmp_path / "a.webp").read_bytes()
+    assert read_image(tmp_path / "a.webp").size == (8, 8)
+    place = max(good.find(b"MM\0*"), good.find(b"II*\0"))
+    assert place > 0
+    (tmp_path / "a.webp").write_bytes(good[:place] + b"XX" + good[place + 2 :])
+    np.save(tmp_path / "b.npy", np.zeros((8, 8, 3), np.uint8))
+    header = (tmp_path / "b.npy").read_bytes().replace(b"'shape': (8", b"'shape': ((")
+    (tmp_path / "b.npy").write_bytes(header)
+    for name, message in (("a.webp", "not a readable image"), ("b.npy", r"not a readable \.npy file")):
+        with pytest.raises(ValueError, match=rf"{name}: {message}"):
+            read_image(tmp_path / name)

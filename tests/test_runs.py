@@ -182,6 +182,15 @@ def test_images_without_a_val_part_are_split_once(shapes_folder, tmp_path, capsy
     assert seen == [find_pairs(tmp_path / "other" / "held_out.csv")]
 
 
+def test_a_run_does_not_go_on_with_a_copy_of_its_data(shapes_folder, tmp_path):
+    """Its held-out images would be trained on: they are known by their paths."""
+    train(shapes_folder / "train", tmp_path / "run", val_fraction=0.25, steps=2)
+    shutil.copytree(shapes_folder / "train", tmp_path / "copy")
+    shutil.copy(shapes_folder / "classes.txt", tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"held_out.csv names 3 validation images, of which 0 are in .*copy: a run"):
+        train(tmp_path / "copy", tmp_path / "run", val_fraction=0.25, steps=4, resume=True)
+
+
 def test_bad_data_stops_before_training(shapes_folder, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(shapes_folder, root)
@@ -322,6 +331,35 @@ def test_a_deterministic_run_asks_torch_for_it_and_leaves_it_as_it_was(shapes_fo
     assert seen
     assert all(seen)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_precision_is_what_accelerate_launch_says(shapes_folder, tmp_path, monkeypatch):
+    import accelerate
+
+    seen, prepare = [], accelerate.Accelerator.prepare
+
+    def watched(self, *things):
+        seen.append((self.mixed_precision, self.gradient_accumulation_steps))
+        return prepare(self, *things)
+
+    monkeypatch.setattr(accelerate.Accelerator, "prepare", watched)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # total_batch does that
+    train(shapes_folder, tmp_path / "run", steps=1)
+    train(shapes_folder, tmp_path / "other", steps=1, precision="no")
+    assert {seen[0], seen[-1]} == {("bf16", 1), ("no", 1)}
+
+
+def test_a_tracker_that_fails_ends_no_training(shapes_folder, tmp_path, monkeypatch, capsys):
+    import accelerate
+
+    def failing(self, values, step):
+        raise KeyError("the server is gone")
+
+    monkeypatch.setattr(accelerate.Accelerator, "log", failing)
+    train(shapes_folder, tmp_path / "run", steps=20, validate_every=10, trackers="tensorboard")
+    assert len(log(tmp_path / "run")) == 2
+    assert capsys.readouterr().err.count("tensorboard: a record is lost") == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])

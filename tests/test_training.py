@@ -191,6 +191,21 @@ def test_the_average_of_the_weights_is_what_is_validated():
     assert all(torch.equal(value, saved[-1][1][name]) for name, value in raw[-1].items())
 
 
+def test_a_scale_of_fp16_that_vanishes_stops_the_run(monkeypatch):
+    """A scaler skips steps whose gradients are infinite, so nothing else would say that nothing is learnt."""
+
+    class Scaler:
+        def get_scale(self):
+            return 0.5
+
+        def state_dict(self):
+            return {}
+
+    monkeypatch.setattr("segvit.training._Optimization.scaler", Scaler())
+    with pytest.raises(FloatingPointError, match="no scale of fp16 is small enough for finite gradients"):
+        fit(model(), segvit.ATMLoss(6), Cropped(16, 32), steps=10, batch_size=2)
+
+
 @pytest.mark.parametrize("compile", ["model", "step"])
 def test_compiled_training_is_the_same_training(compile):
     losses = []

@@ -43,7 +43,7 @@ def open_image(path: str | Path) -> Image.Image:
         image.load()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises what its parsers meet
         reason = "no image, or a damaged one" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{path}: not a readable image ({reason})") from error
     return image
@@ -83,7 +83,10 @@ def _upright(image: Image.Image, name: str | Path, channels: int) -> Image.Image
         raise ValueError(f"{name}: a picture of {bands} channels ({image.mode}), {channels} are wanted; see --channels")
     if image.mode in ("I", "F"):
         raise ValueError(f"{name}: the image has mode {image.mode}, 32 bits a pixel; save it as .npy or as TIFF")
-    image = ImageOps.exif_transpose(image)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # of damaged EXIF
+        raise ValueError(f"{name}: not a readable image (its EXIF: {error})") from error
     return image if image.mode.startswith("I;16") or channels not in MODES else image.convert(MODES[channels])
 
 
