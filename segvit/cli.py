@@ -19,6 +19,7 @@ EXAMPLES = {
     "train": "segvit train DATA --backbone vit_tiny_patch16_224 --pretrained WEIGHTS.safetensors --steps 600",
     "evaluate": "segvit evaluate runs/segvit DATA --report report.html",
     "predict": "segvit predict runs/segvit photo.jpg folder/ --out predictions",
+    "export": "segvit export runs/segvit model.onnx --labels --verify",
     "models": "segvit models --json",
     "convert": "segvit convert segvit_vit_l_ade.pth converted --model segvit_large_ade20k_640",
     "env": "segvit env",
@@ -446,6 +447,46 @@ def _predict(arguments) -> None:
         raise ValueError(f"{len(unread)} of {len(paths)} images left out: {'; '.join(unread)}")
 
 
+def _export_arguments(parser: Parser) -> None:
+    parser.add_argument("checkpoint", type=str, help="folder of a run or of a saved model, or a name on the Hub")
+    parser.add_argument("file", type=str, help="to write: .onnx, or .pt2 for a program of torch.export")
+    parser.add_argument("--labels", type=bool, default=False, help="the file gives labels, not scores")
+    parser.add_argument(
+        "--normalise", type=bool, default=True, help="it takes uint8 pixels; false: floats, normalised already"
+    )
+    parser.add_argument(
+        "--verify",
+        type=str,
+        nargs="*",
+        default=None,
+        help="run it on these images, or on generated ones, and compare with segvit.predict",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON value and nothing else to stdout")
+
+
+def _export(arguments) -> None:
+    from segvit.export import ENOUGH, export_onnx, export_program, verify
+
+    writers = {".onnx": export_onnx, ".pt2": export_program}
+    file = Path(arguments.file)
+    if file.suffix not in writers:
+        raise ValueError(f"{file}: name a file that ends in .onnx or .pt2")
+    model = _load(arguments.checkpoint, "cpu")
+    metadata = writers[file.suffix](model, file, arguments.labels, arguments.normalise)
+    agreement = None if arguments.verify is None else verify(model, file, arguments.verify or None)
+    if arguments.json:
+        print(json.dumps({"file": str(file), **metadata, "verified": agreement and agreement._asdict()}, indent=2))
+    else:
+        print(f"{file}: {metadata['input']} -> {metadata['output']}")
+    if agreement is None:
+        return
+    scores = "" if agreement.difference is None else f", scores within {agreement.difference:.1e}"
+    line = f"{agreement.equal:.4%} of the labels of {agreement.images} images are those of segvit.predict{scores}"
+    if agreement.equal < ENOUGH:
+        raise ValueError(f"{file}: only {line}; below {ENOUGH:.1%} do not use it")
+    print(line, file=sys.stderr if arguments.json else sys.stdout)
+
+
 def _convert_arguments(parser: Parser) -> None:
     parser.add_argument("file", type=str, help="official checkpoint, .pth or .safetensors")
     parser.add_argument("out", type=str, help="folder for our checkpoint")
@@ -517,6 +558,7 @@ COMMANDS = {
     "train": ("Train on a folder of images and label maps.", _train_arguments, _train),
     "evaluate": ("mIoU and per-class scores of a checkpoint on a folder.", _evaluate_arguments, _evaluate),
     "predict": ("Label maps and overlays of images.", _predict_arguments, _predict),
+    "export": ("A model as an ONNX file or a torch.export program, for any image size.", _export_arguments, _export),
     "models": ("Models by name, with multiply-adds, parameters and licences.", _models_arguments, _models),
     "convert": ("An official checkpoint into ours.", _convert_arguments, _convert),
     "env": ("What a bug report needs: versions, devices, backends.", lambda parser: None, _env),

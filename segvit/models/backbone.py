@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from segvit.models.shrunk import STRIDE, EdgeSelector, check_block, keep_positions, query_downsample
-from segvit.ops.reference.token_resample import stride_index
+from segvit.ops.reference.token_resample import ceil_div, stride_index
 
 FAMILIES = ("vision_transformer", "deit", "eva", "beit")  # timm modules of plain ViTs
 
@@ -142,7 +142,7 @@ class Backbone(nn.Module):
                     with torch.set_grad_enabled(learn):  # it learns in front of a frozen backbone, too
                         edge_logits, extra = select(x[:, prefix:], grid)
                     features = features._replace(extra=extra, edge_logits=edge_logits)
-                    even = stride_index(grid, STRIDE, x.device).expand(len(x), -1)
+                    even = stride_index(grid, STRIDE, x.device).expand(x.shape[0], -1)
                     keep = torch.cat([even, extra], 1)
                 if self.activation_checkpointing and torch.is_grad_enabled():
                     x = checkpoint(query_downsample, block, x, grid, keep, use_reentrant=False, **arguments)
@@ -150,7 +150,7 @@ class Backbone(nn.Module):
                     x = query_downsample(block, x, grid, keep, **arguments)
                 if position is not None:
                     position = keep_positions(position, grid, keep)
-                grid = tuple(-(-side // STRIDE) for side in grid)
+                grid = tuple(ceil_div(side, STRIDE) for side in grid)
             elif self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False, **arguments)
             else:
@@ -172,15 +172,17 @@ class Backbone(nn.Module):
                     'use predict(mode="slide"), or build the model with a larger image_size'
                 )
         else:
-            height, width = (-(-size // patch) * patch for size, patch in zip((H, W), self.patch_size))
-        return images if (height, width) == (H, W) else F.pad(images, (0, width - W, 0, height - H))
+            height, width = (ceil_div(size, patch) * patch for size, patch in zip((H, W), self.patch_size))
+        if not torch.compiler.is_exporting() and (height, width) == (H, W):  # a program for any size cannot ask
+            return images
+        return F.pad(images, (0, width - W, 0, height - H))
 
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """Tokens [B, P + h·w, C], the grid (h, w), and what the blocks get beside them: rotary or bias tables."""
         model = self.model
         x = model.patch_embed(images)
         if isinstance(model, Beit):
-            x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], 1)
+            x = torch.cat([model.cls_token.expand(x.shape[0], -1, -1), x], 1)
             x = model.pos_drop(x if model.pos_embed is None else x + model.pos_embed)
             return x, self.grid, model.rel_pos_bias() if model.rel_pos_bias is not None else None
         grid = tuple(x.shape[1:3])
@@ -191,7 +193,7 @@ class Backbone(nn.Module):
             return model.norm_pre(model._pos_embed(x)), grid, None
         x = x.flatten(1, 2)
         if model.cls_token is not None:
-            x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], 1)
+            x = torch.cat([model.cls_token.expand(x.shape[0], -1, -1), x], 1)
         position = resize_pos_embed(model.pos_embed, grid, self.grid, model.num_prefix_tokens)
         return model.norm_pre(model.pos_drop(x + position)), grid, None
 

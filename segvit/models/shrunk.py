@@ -1,6 +1,7 @@
 """Shrunk: query-based down-sampling (QD) inside the backbone, which tokens it keeps, and up-sampling (QU) behind it."""
 
 import warnings
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from segvit.models.decoder import DecoderStage, FeatureProjection
 from segvit.ops import query_attention, token_downsample, token_upsample
-from segvit.ops.reference.token_resample import stride_index
+from segvit.ops.reference.token_resample import ceil_div, stride_index
 
 BLOCKS = ("Block", "EvaBlock")  # of timm: pre-norm, attention then MLP
 STRIDE = 2  # of the even grid that down-sampling keeps
@@ -111,18 +112,22 @@ class EdgeSelector(nn.Module):
     def __init__(self, dim: int, budget: float):
         super().__init__()
         self.budget = budget
+        self.share = Fraction(budget).limit_denominator(10**6).as_integer_ratio()
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim // 4), nn.GELU(), nn.Linear(dim // 4, 1))
 
     def count(self, grid: tuple[int, int]) -> int:
         """How many cells of a grid stay beside the even ones."""
-        even = -(-grid[0] // STRIDE) * -(-grid[1] // STRIDE)
-        return min(round(self.budget * grid[0] * grid[1]), grid[0] * grid[1] - even)
+        cells, even = grid[0] * grid[1], ceil_div(grid[0], STRIDE) * ceil_div(grid[1], STRIDE)
+        above, below = self.share  # whole numbers alone, as ONNX has no round()
+        twice = 2 * cells * above + below
+        odd = twice // (2 * below) % 2
+        return torch.sym_min((twice - odd) // (2 * below), cells - even)  # a half goes to the even number
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """tokens [B, h·w, C]. Returns edge logits [B, h, w] float32, and the chosen cells [B, E], none of them even."""
         logits = self.head(tokens)[..., 0]
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        even = stride_index(grid, STRIDE, tokens.device).expand(len(tokens), -1)
+        even = stride_index(grid, STRIDE, tokens.device).expand(tokens.shape[0], -1)
         chosen = logits.detach().scatter(1, even, -torch.inf).topk(self.count(grid), 1).indices
         return logits.unflatten(1, grid), chosen
 
@@ -181,9 +186,9 @@ class QueryUpsample(nn.Module):
         return [q]
 
     def _queries_on(self, grid: tuple[int, int]) -> Tensor:
-        if grid == self.grid:
+        if not torch.compiler.is_exporting() and grid == self.grid:
             return self.queries[None]
-        if not self._said:
+        if not self._said and not torch.compiler.is_exporting():
             self._said = True
             warnings.warn(
                 f"Shrunk v1 has position queries for a {self.grid[0]}x{self.grid[1]} grid; "

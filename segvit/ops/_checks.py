@@ -32,8 +32,10 @@ def pair(op: str, name: str, value: object, low: int = 1) -> tuple[int, int]:
     """(height, width) from an int or a pair; every entry at least `low`."""
     try:
         height, width = (value, value) if isinstance(value, int) else value
-        if int(height) == height >= low and int(width) == width >= low:
-            return int(height), int(width)
+        if all(isinstance(side, torch.SymInt) or int(side) == side for side in (height, width)):
+            height, width = (side if isinstance(side, torch.SymInt) else int(side) for side in (height, width))
+            if height >= low and width >= low:
+                return height, width
     except (TypeError, ValueError):
         pass
     raise ValueError(f"{op}: {name} must be (height, width), each an integer of at least {low}, got {value!r}")

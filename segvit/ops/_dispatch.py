@@ -7,11 +7,31 @@ operators that have it; the keyword `backend=` forces one on a single call. What
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 
 import torch
 
 KNOWN = ("auto", "reference", "triton", "native", "library", "tiled")
+_PLAIN = ContextVar("segvit_plain", default=False)
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Inside, for this thread alone, what a model calls is its reference, and made of PyTorch's operators alone.
+
+    For exporters, which know no segvit:: operator: SEGVIT_KERNELS and `backend=` do not count here.
+    """
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def is_plain() -> bool:
+    """Whether the caller is inside plain_torch()."""
+    return _PLAIN.get()
 
 
 def choose(op: str, backend: str | None, candidates: Sequence[tuple[str, str | Callable | None]]) -> str:
@@ -21,6 +41,8 @@ def choose(op: str, backend: str | None, candidates: Sequence[tuple[str, str | C
     reason that is a function is asked for only when it matters: then nothing is imported or traced for nothing.
     Raises ValueError for an unknown name, RuntimeError for a forced backend that cannot run.
     """
+    if is_plain():
+        return "reference"
     offered = dict(candidates)
     name = backend or os.environ.get("SEGVIT_KERNELS") or "auto"
     if name not in KNOWN:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _checks
-from ._dispatch import autocast_dtype, choose, triton_missing, without_autocast
+from ._dispatch import autocast_dtype, choose, is_plain, triton_missing, without_autocast
 from ._library import below_autograd, register
 from .reference import atm as reference_atm
 from .reference.atm import atm_backward as reference_backward
@@ -58,6 +58,8 @@ def atm(
         if name == "library":
             return _library(q, k, v, num_heads, scale, dropout_p, mask_carry, sigmoid)
         seed = torch.randint(2**62, (1,), device=q.device) if dropout_p > 0 else None
+        if is_plain():
+            return reference_atm(q, k, v, num_heads, scale, dropout_p, mask_carry, sigmoid, seed)
         out, mask, _ = torch.ops.segvit.atm(q, k, v, num_heads, scale, dropout_p, seed, mask_carry, sigmoid, name)
         return out, mask
 

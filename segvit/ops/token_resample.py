@@ -13,7 +13,7 @@ from ._library import below_autograd, register
 from .reference import query_attention as reference_attention
 from .reference import token_downsample as reference_downsample
 from .reference import token_upsample as reference_upsample
-from .reference.token_resample import extra_places, stride_index
+from .reference.token_resample import ceil_div, extra_places, stride_index
 
 
 def token_downsample(
@@ -67,8 +67,8 @@ def token_downsample(
     _checks.same_device(
         op, x=x, norm_weight=norm_weight, norm_bias=norm_bias, keep=keep if isinstance(keep, Tensor) else None
     )
-    if isinstance(keep, int):
-        keep = min(keep, max(grid))  # beyond the grid all strides are the same
+    if isinstance(keep, int) and all(side < keep for side in grid):
+        keep = max(grid)  # beyond the grid all strides are the same
     weight, bias = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
     with without_autocast(x.device):
         if choose(op, backend, _backends(x)) == "reference":
@@ -113,8 +113,9 @@ def token_upsample(
     _checks.tensor(op, "skip", skip, "[B, P + h*w, C]", (x.dtype,))
     if not isinstance(stride, int) or stride < 1:
         raise ValueError(f"{op}: stride must be an integer of at least 1, got {stride!r}")
-    stride = min(stride, max(grid))  # beyond the grid all strides are the same
-    kept = -(-grid[0] // stride) * -(-grid[1] // stride)
+    if all(side < stride for side in grid):
+        stride = max(grid)  # beyond the grid all strides are the same
+    kept = ceil_div(grid[0], stride) * ceil_div(grid[1], stride)
     if extra is not None:
         if _checks.tensor(op, "extra", extra, "[B, E]", (torch.int64,)).shape[0] != skip.shape[0]:
             raise ValueError(f"{op}: extra must be [B, E] with B = {skip.shape[0]}, got {tuple(extra.shape)}")

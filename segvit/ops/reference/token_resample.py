@@ -3,6 +3,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def ceil_div(size: int, part: int) -> int:
+    """How many parts cover the size. Only positive numbers are divided: ONNX rounds a negative quotient up."""
+    return (size + part - 1) // part
+
+
 def stride_index(grid: tuple[int, int], stride: int, device: torch.device | None = None) -> Tensor:  # [1, M] int64
     """Cells on every `stride`-th row and column of the grid from 0, row by row: ceil(h/stride)·ceil(w/stride)."""
     rows = torch.arange(0, grid[0], stride, device=device)
@@ -40,7 +45,7 @@ def token_upsample(
     The cells in `extra` get their own token; a cell that is there more than once gets its last.
     """
     prefix = skip.shape[1] - grid[0] * grid[1]
-    low_grid = -(-grid[0] // stride), -(-grid[1] // stride)
+    low_grid = ceil_div(grid[0], stride), ceil_div(grid[1], stride)
     kept = prefix + low_grid[0] * low_grid[1]
 
     def between(t: Tensor, dim: int) -> Tensor:  # along one axis: kept cells to all cells
@@ -53,9 +58,9 @@ def token_upsample(
         return torch.where(share > 0, first * (1 - share) + t.index_select(dim, high) * share, first)
 
     full = between(between(x[:, prefix:kept].unflatten(1, low_grid), 1), 2).flatten(1, 2)
-    if extra is not None and extra.shape[1]:
+    if extra is not None:
         place = extra_places(extra, grid)[..., None]
-        own = x[:, kept:].gather(1, place.clamp(min=0).expand_as(full))
+        own = x[:, kept - 1 :].gather(1, (place + 1).expand_as(full))  # one token before them, so that there is one
         full = torch.where(place < 0, full, own)
     return torch.cat([x[:, :prefix], full], 1) + skip
 
@@ -63,7 +68,7 @@ def token_upsample(
 def extra_places(extra: Tensor, grid: tuple[int, int]) -> Tensor:  # [B, h·w] int64
     """For every cell of the grid, its last place in extra [B, E]; -1 where it is not there."""
     places = torch.arange(extra.shape[1], device=extra.device).expand_as(extra)
-    return places.new_full((len(extra), grid[0] * grid[1]), -1).scatter_reduce(1, extra, places, "amax")
+    return places.new_full((extra.shape[0], grid[0] * grid[1]), -1).scatter_reduce(1, extra, places, "amax")
 
 
 def query_attention(
