@@ -340,7 +340,7 @@ def rounds(num_queries: int, num_classes: int, exact: bool, labels: bool) -> lis
     if exact or not labels:  # three products of float32 operands take more registers; scores are bound by their bytes
         many, rest = min(padded, 64), 0
     block_n = 16 if num_queries <= 16 else 32
-    options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+    options = {"num_warps": 4, "num_stages": 2 if exact and labels else 3, "enable_fp_fusion": True}  # three spill
     last = {"MANY": many, "REST": rest, "BLOCK_N": 16 if rest else block_n}  # two accumulators leave few registers
     if not labels or num_classes <= 2 * FEW:
         return [({"ROUND": 0} | last, options)]
