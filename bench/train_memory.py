@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import segvit
-from segvit.cli import RECIPES
+from segvit.commands import RECIPES
 
 CLASSES = 150
 CARDS = {"gpu_8gb": 8, "gpu_12gb": 12, "gpu_24gb": 24, "gpu_80gb": 80}  # GiB

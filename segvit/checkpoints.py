@@ -191,6 +191,22 @@ def make_folder(folder: Path) -> None:
         raise PermissionError(f"{folder}: cannot write there ({error.strerror}); change --out") from error
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of a file, and see that the file can be written.
+
+    Raises:
+        PermissionError: it cannot.
+    """
+    there = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise PermissionError(f"{path}: cannot write there ({error.strerror}); choose another name") from error
+
+
 def with_classes(model: SegViT, class_names: Sequence[str], **overrides) -> tuple[SegViT, str]:
     """A copy of a model for other classes: class tokens and classifier rows of names that it knows are kept.
 

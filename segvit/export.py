@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import segvit
 from segvit import inference
+from segvit.checkpoints import check_writable
 from segvit.data import Shapes
 from segvit.data.images import read_image, to_tensor
 from segvit.models import SegViT
@@ -151,14 +152,7 @@ def _target(path: str | Path, suffix: str) -> Path:
     path = Path(path)
     if path.suffix != suffix or path.is_dir():
         raise ValueError(f"{path}: name a file that ends in {suffix}")
-    there = path.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("ab").close()
-        if not there:
-            path.unlink()
-    except OSError as error:
-        raise PermissionError(f"{path}: cannot write there ({error.strerror}); choose another name") from error
+    check_writable(path)
     return path
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import segvit
+from segvit.checkpoints import check_writable
 from segvit.metrics import ConfusionMatrix, Scores
 from segvit.visualize import VOID, WRONG, colourise, fit_size, mistakes, palette, picture
 
@@ -147,16 +148,9 @@ def check_target(path: Path) -> None:
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file for the report, such as {path / 'report.html'}")
-    there = path.exists()
-    if there and not _is_report(path):
+    if path.exists() and not _is_report(path):
         raise ValueError(f"{path} is there already, is no report, and would be overwritten; choose another name")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("ab").close()
-        if not there:
-            path.unlink()
-    except OSError as error:
-        raise PermissionError(f"{path}: cannot write there ({error.strerror}); choose another name") from error
+    check_writable(path)
 
 
 def _is_report(path: Path) -> bool:

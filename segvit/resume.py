@@ -30,6 +30,7 @@ ELSEWHERE = (  # options that may change without a word
     "activation_checkpointing",
     "pretrained",
 )
+ENDS = (FloatingPointError, KeyboardInterrupt, OSError, RuntimeError, ValueError)
 MODEL = ("model", "backbone", "shrink", "edge_budget", "drop_path", "freeze_backbone")
 
 
@@ -100,16 +101,12 @@ def last_good(run: Path) -> Iterator[None]:
     """Say with what stops a training where it can go on."""
     try:
         yield
-    except (FloatingPointError, KeyboardInterrupt, OSError, RuntimeError, ValueError) as error:
+    except ENDS as error:
         kept = step_folders(run)
         if isinstance(error, ValueError) and not kept:
             raise
         where = f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-        kind = next(
-            k
-            for k in (FloatingPointError, KeyboardInterrupt, OSError, RuntimeError, ValueError)
-            if isinstance(error, k)
-        )
+        kind = next(kind for kind in ENDS if isinstance(error, kind))
         raise kind(f"{_in_words(error)}; {where}") from error
 
 

@@ -16,7 +16,8 @@ from test_convert import official_case
 from test_runs import shapes_folder  # noqa: F401  (a fixture)
 
 import segvit
-from segvit.cli import COMMANDS, EXAMPLES, RECIPES, main
+from segvit.cli import main
+from segvit.commands import COMMANDS, EXAMPLES, RECIPES
 
 TINY = ["--backbone", "test_vit", "--pretrained", "false", "--crop", "[32,32]", "--batch_size", "2"]
 
