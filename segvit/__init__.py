@@ -8,6 +8,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "ATMLoss": "losses",
     "SegViT": "models",
+    "add_classes": "classes",
     "compiled_step": "step",
     "create_model": "models",
     "from_official": "convert",

@@ -1,9 +1,8 @@
-"""Checkpoints that are never half written, the newest of a run, and models that go on with other classes."""
+"""Checkpoints that are never half written, and the newest of a run."""
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -205,39 +204,3 @@ def check_writable(path: Path) -> None:
             path.unlink()
     except OSError as error:
         raise PermissionError(f"{path}: cannot write there ({error.strerror}); choose another name") from error
-
-
-def with_classes(model: SegViT, class_names: Sequence[str], **overrides) -> tuple[SegViT, str]:
-    """A copy of a model for other classes: class tokens and classifier rows of names that it knows are kept.
-
-    Args:
-        model: a trained model.
-        class_names: of the new one.
-        overrides: further arguments of SegViT, such as drop_path.
-
-    Returns:
-        The new model, and a sentence that says which classes were kept, are new, and were dropped.
-    """
-    changed = {"num_classes": len(class_names), "class_names": list(class_names), "pretrained": False}
-    new = SegViT(**(model._hub_mixin_config | changed | overrides))
-    known = {name: i for i, name in enumerate(model.class_names)}
-    pairs = [(i, known[name]) for i, name in enumerate(class_names) if name in known]
-    source, target = model.state_dict(), new.state_dict()
-    for name, value in target.items():
-        rows = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
-        if name.startswith("decoder.class_embed."):  # the last row is "no object"
-            rows = torch.cat([rows, torch.tensor([[len(class_names)], [model.num_classes]])], 1)
-        elif name != "decoder.queries":
-            value.copy_(source[name])
-            continue
-        value[rows[0]] = source[name][rows[1]]
-    return new, _said(list(class_names), model.class_names)
-
-
-def _said(new: list[str], old: list[str]) -> str:
-    shared = [name for name in new if name in old]
-    parts = [f"{len(shared)} of {len(new)} classes are kept" if len(shared) < len(new) else "all classes are kept"]
-    for title, names in (("new", [n for n in new if n not in old]), ("dropped", [n for n in old if n not in new])):
-        if names:
-            parts.append(f"{title}: {', '.join(names)}")
-    return "; ".join(parts)

@@ -1,5 +1,6 @@
 """`segvit demo`: train a small SegViT from nothing on the embedded data set, and show what it learnt."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from segvit.visualize import comparison
 SIZE = 96
 
 
-class _Normalised:
+class Normalised:
     """uint8 image → what the model takes; half of the samples mirrored."""
 
     def __init__(self, model: SegViT):
@@ -30,17 +31,17 @@ class _Normalised:
         return (image.float() / 255 - self.mean) / self.std, labels
 
 
-def small_model() -> SegViT:
+def small_model(classes: Sequence[str] = Shapes.classes) -> SegViT:
     """0.9 M parameters, patch 8, 96×96 pixels: trains in a minute on two CPU cores."""
     return SegViT(
         "vit_tiny_patch16_224",
-        num_classes=len(Shapes.classes),
+        num_classes=len(classes),
         image_size=SIZE,
         out_indices=(1, 3, 5),
         decoder_layers=2,
         dropout=0.0,
         drop_path=0.0,
-        class_names=Shapes.classes,
+        class_names=classes,
         backbone_kwargs={"patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3},
     )
 
@@ -52,7 +53,7 @@ def run_demo(out: str | Path = "demo", steps: int = 220, seed: int = 0) -> tuple
     torch.manual_seed(seed)
     model = small_model()
     loss = ATMLoss(model.num_classes, Shapes.ignore_index)
-    data = Shapes(16 * steps, SIZE, seed=seed + 1, transform=_Normalised(model))
+    data = Shapes(16 * steps, SIZE, seed=seed + 1, transform=Normalised(model))
     recipe = {"batch_size": 16, "lr": 1e-3, "decoder_lr": 1.0, "warmup": steps // 20, "clip": 5.0, "seed": seed}
     fit(model, loss, data, steps=steps, **recipe, workers=default_workers())
     unseen = Shapes(200, SIZE, seed=seed + 2)

@@ -38,6 +38,8 @@ class ATMLoss(nn.Module):
         no_object_weight: CE weight of tokens whose class does not occur.
         class_weights: K CE weights of tokens whose class occurs; None: 1 each.
         alpha, gamma: of the focal loss.
+        learned: numbers of the classes that learn, as model.learned_classes; the tokens of others add nothing, and
+            their pixels are background of the masks that learn. None: all.
         debug: raise ValueError where a label is neither a class nor ignore_index, which otherwise counts as ignored; on
             a GPU the host waits to know.
 
@@ -66,6 +68,7 @@ class ATMLoss(nn.Module):
         gamma: float = 2.0,
         debug: bool = False,
         edge_weight: float = 1.0,
+        learned: Sequence[int] | None = None,
     ):
         super().__init__()
         if not isinstance(num_classes, int) or num_classes < 1:
@@ -82,6 +85,12 @@ class ATMLoss(nn.Module):
         self.ce_weight, self.focal_weight, self.dice_weight = ce_weight, focal_weight, dice_weight
         self.alpha, self.gamma, self.debug, self.edge_weight = alpha, gamma, debug, edge_weight
         self.register_buffer("weights", torch.cat([weights, torch.tensor([no_object_weight])]), persistent=False)
+        learned = range(num_classes) if learned is None else learned
+        if not learned or not all(0 <= n < num_classes for n in learned):
+            raise ValueError(f"learned must be class numbers from 0 to {num_classes - 1}, got {list(learned)}")
+        chosen = torch.zeros(num_classes, dtype=torch.bool)
+        chosen[list(learned)] = True
+        self.register_buffer("learned", chosen, persistent=False)
 
     def forward(self, out, labels: Tensor, divisors: Tensor | None = None) -> ATMLossOutput:
         class_logits, mask_logits = out.class_logits, out.mask_logits
@@ -129,9 +138,10 @@ class ATMLoss(nn.Module):
 
     def _targets(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, N] each
         """Which classes occur, what every class token should say, and its CE weight."""
-        present = self._present(labels)
+        learned = self.learned.to(labels.device)
+        present = self._present(labels) & learned
         target = torch.where(present, torch.arange(self.num_classes, device=labels.device), self.num_classes)
-        return present, target, self.weights.to(labels.device)[target]
+        return present, target, self.weights.to(labels.device)[target] * learned
 
     def _check(self, class_logits: Tensor, mask_logits: Tensor, edge_logits: Tensor | None, labels: Tensor) -> None:
         if class_logits.dim() != 4 or class_logits.shape[2:] != (self.num_classes, self.num_classes + 1):

@@ -29,6 +29,7 @@ ELSEWHERE = (  # options that may change without a word
     "trackers",
     "activation_checkpointing",
     "pretrained",
+    "add_classes",  # the checkpoint knows which
 )
 ENDS = (FloatingPointError, KeyboardInterrupt, OSError, RuntimeError, ValueError)
 MODEL = ("model", "backbone", "shrink", "edge_budget", "drop_path", "freeze_backbone")

@@ -23,8 +23,8 @@ from segvit.checkpoints import (
     make_folder,
     remove_checkpoint,
     save_checkpoint,
-    with_classes,
 )
+from segvit.classes import other_classes
 from segvit.data.check import check_data, judge
 from segvit.data.dataset import SegmentationDataset
 from segvit.data.layouts import find_pairs, has_part, open_data, split_pairs, write_table
@@ -56,6 +56,7 @@ def train_folder(
     check: bool = True,
     channels: int = 3,
     model: str | None = None,
+    add_classes: bool = False,
     backbone: str = "vit_base_patch16_384.augreg_in21k_ft_in1k",
     pretrained: bool | str = True,
     shrink: str | None = None,
@@ -113,6 +114,9 @@ def train_folder(
         channels: of the images. A new model for other than 3, or for files of more than 8 bits, is given the training
             images' own mean and std; a saved model has its own.
         model: a name of `segvit models`, or a saved model to go on from (class rows of known names are kept).
+        add_classes: the data's classes are those of the saved model and, after them, new ones, which alone learn: what
+            the model knows stays as it is (see segvit.add_classes). Else all learn, and old classes are forgotten that
+            the data does not show.
         backbone: a timm ViT, where no model is named.
         pretrained: true (weights of the backbone from the Hub), false, or a weights file.
         shrink: v1 (the paper's) saves 40 percent of the multiply-adds, light half of them, edge (which keeps tokens at
@@ -183,6 +187,7 @@ def train_folder(
             mixed_precision=precision, log_with=trackers or None, project_dir=out, cpu=_only_cpu()
         )
     step_batch, micro_batch = _batches(batch_size, total_batch, accelerator.num_processes)
+    options["images a step"] = step_batch * accelerator.num_processes
     main, run = accelerator.is_main_process, Path(out)
     found = newest(run, resume, overwrite)
     state = None if found is None else load_state(found)
@@ -198,6 +203,7 @@ def train_folder(
         found,
         backbone,
         lambda: input_options(train),
+        add_classes,
         pretrained={"true": True, "false": False}.get(str(pretrained).lower(), pretrained),
         shrink=shrink,
         edge_budget=edge_budget,
@@ -208,6 +214,8 @@ def train_folder(
     if channels not in (3, len(network.mean)):
         raise ValueError(f"channels: {model or found} takes {len(network.mean)}, not {channels}")
     train.channels = val.channels = len(network.mean)
+    if network.backbone.frozen and main and (drop_path or layer_decay):
+        print("the backbone is frozen, so drop_path and layer_decay do nothing", file=sys.stderr)
     mean, std = network.mean.tolist(), network.std.tolist()
     evaluation = {"mode": mode, "short_side": short_side}
     evaluation |= {} if mode == "whole" else {"crop_size": size, "stride": stride}
@@ -258,7 +266,7 @@ def train_folder(
     with stop_signals() as stopped, last_good(run), _deterministic(deterministic), _finished(accelerator):
         records = fit(
             network,
-            ATMLoss(len(train.classes), ignore_index, ignored),
+            ATMLoss(len(train.classes), ignore_index, ignored, learned=network.learned_classes),
             train,
             steps=steps,
             batch_size=step_batch,
@@ -435,6 +443,7 @@ def _model(
     newest: Path | None,
     backbone: str,
     inputs: Callable[[], dict],
+    adds: bool,
     **arguments,
 ) -> tuple[SegViT, tuple[int, int]]:
     """The model to train, and the crop; `inputs` gives arguments that a new model needs for these images."""
@@ -442,6 +451,9 @@ def _model(
     known = {"num_classes": len(classes), "class_names": classes}
     given = {key: value for key, value in arguments.items() if value is not None}
     memory = {key: given[key] for key in ("activation_checkpointing", "freeze_backbone")}
+    saved = name is not None and name not in {info.name for info in list_models()}
+    if adds and not saved:
+        raise ValueError("add_classes: name the trained model that gets new classes, --model runs/mine")
     if newest is not None:
         model = load_model(newest)
         if model.class_names != classes:
@@ -449,14 +461,14 @@ def _model(
         model.backbone.activation_checkpointing = memory["activation_checkpointing"]
     elif name is None:
         model = SegViT(backbone, image_size=crop or (512, 512), **known, **inputs(), **given)
-    elif name in {info.name for info in list_models()}:
+    elif not saved:
         model = create_model(name, **known, **({"image_size": crop} if crop else {}), **inputs(), **given)
     else:
         near = difflib.get_close_matches(name, [info.name for info in list_models()], n=2)
         if near and not Path(name).exists():
             raise ValueError(f"there is no model {name!r}; near: {', '.join(near)}")
         drop_path = {"drop_path": given["drop_path"]} if "drop_path" in given else {}
-        model, said = with_classes(load_model(name), classes, **memory, **drop_path)
+        model, said = other_classes(load_model(name), classes, adds, **memory, **drop_path)
         if os.environ.get("RANK", "0") == "0":
             print(f"{name}: {said}", file=sys.stderr)
         if crop not in (None, model.image_size):

@@ -5,7 +5,8 @@ import torch
 from test_training import model
 
 import segvit
-from segvit.checkpoints import keep_newest, load_model, load_state, save_checkpoint, step_folders, with_classes
+from segvit.checkpoints import keep_newest, load_model, load_state, save_checkpoint, step_folders
+from segvit.classes import with_classes
 
 
 def test_checkpoints_replace_each_other_whole(tmp_path):

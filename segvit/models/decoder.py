@@ -74,6 +74,9 @@ class FeatureProjection(nn.Sequential):
     def __init__(self, in_dim: int, dim: int):
         super().__init__(nn.Linear(in_dim, dim), nn.LayerNorm(dim))
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens.contiguous())  # else torch multiplies otherwise once the weights are frozen
+
 
 class ATMDecoder(nn.Module):
     """Class tokens cascade through the features, deep to shallow; stage masks are cumulative sums of similarities.
@@ -102,6 +105,7 @@ class ATMDecoder(nn.Module):
         project: bool = True,
     ):
         super().__init__()
+        self.num_classes = num_classes
         self.queries = nn.Parameter(torch.empty(num_classes, dim))
         self.projections = nn.ModuleList(FeatureProjection(in_dim, dim) for _ in range(num_stages if project else 0))
         self.cascade = num_stages > 0
@@ -112,7 +116,7 @@ class ATMDecoder(nn.Module):
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
         """features, shallow to deep: [B, L, C] each. Returns class logits [S, B, N, K+1], mask logits [S, B, N, L]."""
-        x = self.queries.expand(features[0].shape[0], -1, -1)
+        x = self.queries.repeat(features[0].shape[0], 1, 1)
         queries, masks, mask = [], [], None
         deep_first = [*reversed(features)]
         if self.projections:
@@ -130,6 +134,21 @@ class ATMDecoder(nn.Module):
         class_logits = self.class_embed(torch.stack(queries))
         exact = class_logits if class_logits.dtype == torch.float64 else class_logits.float()
         return exact, torch.stack(masks)
+
+
+def join_tokens(
+    parts: list[tuple[Tensor, Tensor]],  # of each decoder: class logits [S, B, n, n+1], mask logits [S, B, n, L]
+) -> tuple[Tensor, Tensor]:  # [S, B, N, K+1], [S, B, N, L]
+    """Class tokens of several decoders side by side; a token gives the classes of other decoders the logit -inf."""
+    if len(parts) == 1:
+        return parts[0]
+    joined, before, total = [], 0, sum(logits.shape[2] for logits, _ in parts)
+    for logits, _ in parts:
+        own, no_object = logits[..., :-1], logits[..., -1:]
+        after = total - before - own.shape[-1]
+        joined.append(torch.cat([F.pad(own, (before, after), value=-torch.inf), no_object], -1))
+        before += own.shape[-1]
+    return torch.cat(joined, 2), torch.cat([masks for _, masks in parts], 2)
 
 
 def init_decoder(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from segvit.models.backbone import Backbone, Features
-from segvit.models.decoder import ATMDecoder, init_decoder
+from segvit.models.decoder import ATMDecoder, init_decoder, join_tokens
 from segvit.models.shrunk import EdgeSelector, LightUpsample, QueryUpsample
 
 MODEL_CARD = """---
@@ -77,6 +77,8 @@ class SegViT(
         freeze_backbone: train the decoder alone.
         final_norm: keep the backbone's last norm, on the deepest feature.
         pos_antialias: interpolate position embeddings as timm does (True) or as the official SegViT does.
+        added: how many of the classes, the last ones, were added to a trained model, a number each time: they have
+            class tokens and a decoder of their own, and all but the newest of these is frozen. See segvit.add_classes.
         backbone_kwargs: further arguments of the timm model, such as embed_dim, depth or patch_size.
 
     Raises:
@@ -107,10 +109,11 @@ class SegViT(
         freeze_backbone: bool = False,
         final_norm: bool = False,
         pos_antialias: bool = True,
+        added: Sequence[int] = (),
         backbone_kwargs: dict | None = None,
     ):
         super().__init__()
-        _check(num_classes, in_chans, decoder_layers, shrink, edge_budget, dropout, drop_path, class_names)
+        _check(num_classes, in_chans, decoder_layers, shrink, edge_budget, dropout, drop_path, class_names, added)
         kwargs = dict(backbone_kwargs or {})
         self.backbone = Backbone(
             backbone,
@@ -124,7 +127,7 @@ class SegViT(
             final_norm,
             pos_antialias,
             activation_checkpointing,
-            freeze_backbone,
+            freeze_backbone or bool(added),
             **kwargs,
         )
         self.num_classes = num_classes
@@ -151,8 +154,15 @@ class SegViT(
                 self.select = EdgeSelector(width, edge_budget)
                 init_decoder(self.select)
         stages = 0 if shrink == "v1" else len(self.backbone.out_indices)
-        self.decoder = ATMDecoder(width, dim, num_classes, heads, decoder_layers, stages, dropout, project=not shrink)
+        first, *later = (
+            ATMDecoder(width, dim, classes, heads, decoder_layers, stages, dropout, project=not shrink)
+            for classes in (num_classes - sum(added), *added)
+        )
+        self.decoder, self.added = first, nn.ModuleList(later)
         init_decoder(self.decoder)
+        init_decoder(self.added)
+        for part in self._frozen_parts():
+            part.requires_grad_(False).eval()
         self._set_normalisation(mean, std, in_chans)
         if getattr(self, "_hub_mixin_config", None):  # a saved model brings its own weights
             self._hub_mixin_config["pretrained"] = False
@@ -213,7 +223,7 @@ class SegViT(
         tokens = features.tokens
         if self.upsample is not None:
             tokens = self.upsample(tokens, (h, w), features.extra)
-        class_logits, mask_logits = self.decoder(tokens)
+        class_logits, mask_logits = join_tokens([decoder(tokens) for decoder in (self.decoder, *self.added)])
         patch = self.backbone.patch_size
         extent = (images.shape[2] / patch[0], images.shape[3] / patch[1])
         return SegViTOutput(class_logits, mask_logits.unflatten(-1, (h, w)), extent, features.edge_logits)
@@ -224,6 +234,22 @@ class SegViT(
             return None
         extent = tuple(side / patch for side, patch in zip(size, self.backbone.patch_size))
         return tuple(math.ceil(cells) for cells in extent), extent
+
+    @property
+    def learned_classes(self) -> range | None:
+        """Numbers of the classes that learn, where others are frozen (for ATMLoss); None: all."""
+        return range(self.num_classes - self.added[-1].num_classes, self.num_classes) if self.added else None
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        """What was there before the newest classes, beside the backbone."""
+        parts = [self.select, self.upsample, self.decoder, *self.added[:-1]] if self.added else []
+        return [part for part in parts if part is not None]
+
+    def train(self, mode: bool = True) -> "SegViT":
+        super().train(mode)
+        for part in self._frozen_parts():
+            part.eval()
+        return self
 
     def parameter_groups(
         self,
@@ -256,7 +282,7 @@ class SegViT(
         return [groups[key] for key in sorted(groups)]
 
 
-def _check(num_classes, in_chans, decoder_layers, shrink, edge_budget, dropout, drop_path, class_names) -> None:
+def _check(num_classes, in_chans, decoder_layers, shrink, edge_budget, dropout, drop_path, class_names, added) -> None:
     for name, value in (("num_classes", num_classes), ("in_chans", in_chans), ("decoder_layers", decoder_layers)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
@@ -269,6 +295,8 @@ def _check(num_classes, in_chans, decoder_layers, shrink, edge_budget, dropout, 
             raise ValueError(f"{name} must be in [0, 1), got {value!r}")
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f"class_names must have num_classes = {num_classes} names, got {len(class_names)}")
+    if not all(isinstance(n, int) and n > 0 for n in added) or sum(added) >= num_classes:
+        raise ValueError(f"added must be numbers of classes, fewer than num_classes = {num_classes}, got {added!r}")
 
 
 def as_pair(name: str, value: int | Sequence[int] | None) -> tuple[int, int] | None:

@@ -180,7 +180,7 @@ class QueryUpsample(nn.Module):
 
     def forward(self, features: list[Tensor], grid: tuple[int, int], extra: None = None) -> list[Tensor]:
         """features: full grid [B, h·w, C], then low grid; grid: the full one. Returns one feature [B, h·w, C']."""
-        q = self._queries_on(grid).expand(features[0].shape[0], -1, -1)
+        q = self._queries_on(grid).repeat(features[0].shape[0], 1, 1)
         for project, stage, tokens in zip(self.projections, self.stages, features):
             q, _ = stage(q, project(tokens))
         return [q]
