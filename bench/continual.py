@@ -23,7 +23,7 @@ from segvit.classes import with_classes
 from segvit.data import Shapes
 from segvit.data.layouts import open_data
 from segvit.data.transforms import TrainTransform
-from segvit.demo import SIZE, Normalised, small_model
+from segvit.demo import BATCH, SIZE, Normalised, small_model
 from segvit.evaluation import evaluate
 from segvit.inference import normalise
 from segvit.metrics import Scores
@@ -51,8 +51,8 @@ class Labelled(Dataset):
 def shapes(steps: int, later: int) -> tuple:
     """First model, its training data and that of later classes, unseen images, names, and how to train."""
     model = small_model(Shapes.classes[:4])
-    data = [Shapes(16 * n, SIZE, seed=seed, transform=Normalised(model)) for n, seed in ((steps, 1), (later, 2))]
-    return model, *data, Shapes(200, SIZE, seed=3), list(Shapes.classes), dict(batch_size=16, lr=1e-3, decoder_lr=1.0)
+    data = [Shapes(BATCH * n, SIZE, seed=seed, transform=Normalised(model)) for n, seed in ((steps, 1), (later, 2))]
+    return model, *data, Shapes(200, SIZE, seed=3), list(Shapes.classes), dict(batch_size=BATCH, lr=1e-3, decoder_lr=1.0)
 
 
 def folder(data: str, weights: str) -> tuple:
@@ -88,13 +88,13 @@ def main() -> None:
     parser.add_argument("data", nargs="?")
     parser.add_argument("weights", nargs="?")
     parser.add_argument("--steps", type=int, default=None, help="of the first training: 220, or 1500 with DATA")
-    parser.add_argument("--later", type=int, default=None, help="of the later ones: 120, or 600 with DATA")
+    parser.add_argument("--later", type=int, default=None, help="of the later ones: 240, or 600 with DATA")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for the JSON file")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     steps = arguments.steps or (1500 if arguments.data else 220)
-    later = arguments.later or (600 if arguments.data else 120)
+    later = arguments.later or (600 if arguments.data else 240)
     torch.manual_seed(arguments.seed)
     if arguments.data:
         model, early, late, val, names, recipe = folder(arguments.data, arguments.weights)
