@@ -10,6 +10,7 @@ _HOME = {
     "SegViT": "models",
     "compiled_step": "step",
     "create_model": "models",
+    "explain": "explanation",
     "from_official": "convert",
     "list_models": "models",
     "ops": "ops",
