@@ -243,14 +243,13 @@ def test_predict_explains(checkpoint, shapes_folder, tmp_path, capsys):  # noqa:
     options = ["--explain", "--point", "[60, 3]", "--explain_classes", "[disc, 3, ring, cross, square, 0]"]
     assert main([*arguments, *options]) == 0
     assert Image.open(out / "0_explain.png").height > page.height + 100  # the table of the pixel
-    shutil.copy(image, out / "0_explain.png")
-    assert main(["predict", str(checkpoint), image, str(out / "0_explain.png"), "--out", str(out)]) == 0
+    other = tmp_path / "0_explain.jpg"  # whose labels are out/0_explain.png
+    shutil.copy(image, other)
     before = (out / "0_explain.png").read_bytes()
-    capsys.readouterr()
-    again = ["predict", str(checkpoint), image, str(out / "0_explain.png"), "--out", str(out), "--explain"]
-    assert main(again) == 1
-    assert "0_explain.png is an image to predict, and would be overwritten" in capsys.readouterr().err
+    assert main([*arguments[:3], str(other), *arguments[3:], "--explain"]) == 1
+    assert "their predictions would overwrite each other" in capsys.readouterr().err
     assert (out / "0_explain.png").read_bytes() == before
+    assert main([*arguments[:3], str(other), *arguments[3:]]) == 0
 
 
 def test_a_large_photo_is_explained_at_the_size_that_is_still_taken_whole(checkpoint, tmp_path, monkeypatch):
