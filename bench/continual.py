@@ -52,7 +52,8 @@ def shapes(steps: int, later: int) -> tuple:
     """First model, its training data and that of later classes, unseen images, names, and how to train."""
     model = small_model(Shapes.classes[:4])
     data = [Shapes(BATCH * n, SIZE, seed=seed, transform=Normalised(model)) for n, seed in ((steps, 1), (later, 2))]
-    return model, *data, Shapes(200, SIZE, seed=3), list(Shapes.classes), dict(batch_size=BATCH, lr=1e-3, decoder_lr=1.0)
+    recipe = dict(batch_size=BATCH, lr=1e-3, decoder_lr=1.0)
+    return model, *data, Shapes(200, SIZE, seed=3), list(Shapes.classes), recipe
 
 
 def folder(data: str, weights: str) -> tuple:

@@ -11,6 +11,7 @@ _HOME = {
     "add_classes": "classes",
     "compiled_step": "step",
     "create_model": "models",
+    "explain": "explanation",
     "from_official": "convert",
     "list_models": "models",
     "ops": "ops",

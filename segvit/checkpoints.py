@@ -14,6 +14,7 @@ from segvit.models import SegViT
 WEIGHTS = "model.safetensors"
 STATE = "training.pt"  # beside model.safetensors and config.json: what going on needs
 LABELS = "data.json"  # and how the labels of its data were read
+CURVES = "curves.png"  # of a run, beside its log
 
 
 def save_checkpoint(
@@ -80,10 +81,10 @@ def _to_disk(path: Path) -> None:
         os.close(number)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A text file, complete or as it was before."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """A file, complete or as it was before."""
     new = path.with_name(f".{path.name}.new")
-    new.write_text(text)
+    new.write_bytes(content.encode() if isinstance(content, str) else content)
     _to_disk(new)
     os.replace(new, path)
 
@@ -100,6 +101,8 @@ def clean(run: Path) -> None:
     for pattern in (".step_*.new", ".step_*.old", ".best.new", ".best.old"):
         for folder in run.glob(pattern):
             shutil.rmtree(folder)
+    for file in ("log.jsonl", CURVES):
+        (run / f".{file}.new").unlink(missing_ok=True)
 
 
 def step_folders(run: str | Path) -> list[Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 import segvit
+from segvit.picture_commands import curves_arguments, draw_curves, explain_arguments, explainer
 
 RECIPES = Path(__file__).parent / "recipes"
 EXAMPLES = {
@@ -16,6 +17,7 @@ EXAMPLES = {
     "train": "segvit train DATA --backbone vit_tiny_patch16_224 --pretrained WEIGHTS.safetensors --steps 600",
     "evaluate": "segvit evaluate runs/segvit DATA --report report.html",
     "predict": "segvit predict runs/segvit photo.jpg folder/ --out predictions",
+    "curves": "segvit curves runs/a runs/b --out curves.png",
     "export": "segvit export runs/segvit model.onnx --labels --verify",
     "models": "segvit models --json",
     "convert": "segvit convert segvit_vit_l_ade.pth converted --model segvit_large_ade20k_640",
@@ -299,6 +301,7 @@ def _predict_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=str, help="folder of a run or of a saved model, or a name on the Hub")
     parser.add_argument("images", type=str, nargs="+", help="image files, or folders of them")
     parser.add_argument("--out", type=str, default="predictions", help="folder for label PNGs and overlays")
+    explain_arguments(parser)
     _prediction_arguments(parser)
 
 
@@ -322,7 +325,8 @@ def _predict(arguments) -> None:
     out = Path(arguments.out)
     written: dict[Path, Path] = {}
     for path in paths:
-        for target in (out / f"{path.stem}.png", out / f"{path.stem}_overlay.png"):
+        for ending in ("", "_overlay", *(["_explain"] if arguments.explain else [])):
+            target = out / f"{path.stem}{ending}.png"
             if target in written:
                 raise ValueError(
                     f"{path} and {written[target]}: their predictions would overwrite each other ({target})"
@@ -333,7 +337,8 @@ def _predict(arguments) -> None:
         raise ValueError(f"{min(taken)} is an image to predict, and would be overwritten; choose another --out")
     model = _load(arguments.checkpoint, arguments.device)
     options = _prediction_options(arguments, load_labels(arguments.checkpoint))
-    plan_prediction(model, **options)
+    plan = plan_prediction(model, **options)
+    explained = explainer(arguments, model, plan, len(paths))
     make_folder(out)
     unread = []
     for path in tqdm(paths, desc="predicting", unit="image"):
@@ -342,11 +347,15 @@ def _predict(arguments) -> None:
         except ValueError as error:
             unread.append(str(error))
             continue
+        explanation = explained(image)
         labels = predict(model, image, **options)[0].cpu().numpy()
         label_image(labels, model.num_classes).save(out / f"{path.stem}.png")
         overlay(to_picture(image), labels, model.class_names).save(out / f"{path.stem}_overlay.png")
+        if explanation is not None:
+            explanation.save(out / f"{path.stem}_explain.png")
     if len(unread) < len(paths):
-        print(f"{len(paths) - len(unread)} label maps and overlays in {out}")
+        kinds = "label maps, overlays and explanations" if arguments.explain else "label maps and overlays"
+        print(f"{len(paths) - len(unread)} {kinds} in {out}")
     if unread:
         raise ValueError(f"{len(unread)} of {len(paths)} images left out: {'; '.join(unread)}")
 
@@ -462,6 +471,11 @@ COMMANDS = {
     "train": ("Train on a folder of images and label maps.", _train_arguments, _train),
     "evaluate": ("mIoU and per-class scores of a checkpoint on a folder.", _evaluate_arguments, _evaluate),
     "predict": ("Label maps and overlays of images.", _predict_arguments, _predict),
+    "curves": (
+        "Loss, mIoU and more against steps, of one or several runs, as a picture.",
+        curves_arguments,
+        draw_curves,
+    ),
     "export": ("A model as an ONNX file or a torch.export program, for any image size.", _export_arguments, _export),
     "models": ("Models by name, with multiply-adds, parameters and licences.", _models_arguments, _models),
     "convert": ("An official checkpoint into ours.", _convert_arguments, _convert),

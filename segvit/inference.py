@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from segvit.data.images import read_image, to_tensor
-from segvit.models.segvit import as_pair
+from segvit.models.segvit import SegViTOutput, as_pair
 from segvit.ops import mask_decode
 from segvit.ops.reference._sampling import sample_positions
 from segvit.ops.reference.mask_decode import label_dtype
@@ -112,9 +112,14 @@ class _Plan(NamedTuple):
     window_batch: int
     prune: float
 
+    @property
+    def largest(self) -> int:
+        """Pixels of the largest image that "auto" takes whole."""
+        return LARGE * self.crop[0] * self.crop[1]
+
     def slides(self, images: Tensor) -> bool:
         pixels = images.shape[2] * images.shape[3]
-        return self.mode == "slide" or (self.mode == "auto" and pixels > LARGE * self.crop[0] * self.crop[1])
+        return self.mode == "slide" or (self.mode == "auto" and pixels > self.largest)
 
 
 def plan_prediction(
@@ -167,10 +172,10 @@ def _prepare(model: nn.Module, images) -> tuple[Iterable[Tensor], bool]:
             raise ValueError(f"images: an integer tensor must be uint8 [B, C, H, W], got {images.dtype}")
         return [normalise(model, images if images.dim() == 4 else images[None])], True
     if isinstance(images, (str, Path, Image.Image, np.ndarray)):
-        return [normalise(model, _raw(images, channels))[None]], True
+        return [normalise(model, raw_image(images, channels))[None]], True
     if not isinstance(images, Sequence) or not images:
         raise ValueError(f"images must be a tensor, an array, a picture, a path or a sequence of these, got {images!r}")
-    return (normalise(model, _raw(image, channels))[None] for image in images), False
+    return (normalise(model, raw_image(image, channels))[None] for image in images), False
 
 
 def normalise(model: nn.Module, raw: Tensor) -> Tensor:
@@ -186,7 +191,7 @@ def normalise(model: nn.Module, raw: Tensor) -> Tensor:
     return ((raw.to(mean.device).float() / full - mean) / std).to(next(model.parameters()).dtype)
 
 
-def _raw(image, channels: int) -> Tensor:
+def raw_image(image: Picture, channels: int) -> Tensor:
     """[C, H, W] of one picture, uint8 or scaled float32; see to_tensor."""
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.dim() != 3:
@@ -200,21 +205,22 @@ def _raw(image, channels: int) -> Tensor:
 def _predict_batch(model: nn.Module, images: Tensor, plan: _Plan) -> Tensor:
     target, labels = plan.size or tuple(images.shape[2:]), plan.output == "labels"
     if labels and len(plan.variants) == 1:
-        x = _scaled(images, plan.variants[0][0], plan.short_side)
+        x = rescaled(images, plan.short_side, plan.variants[0][0])
         if plan.protocol == "fused" and not plan.slides(x):
             masks, probs, extent = _masks(model, x)
             return mask_decode(masks, probs, target, extent=extent, prune=plan.prune)
         return _labels(_score_rows(model, x, plan), tuple(x.shape[2:]), target)
     total = 0
     for scale, mirrored in plan.variants:
-        x = _scaled(images, scale, plan.short_side)
+        x = rescaled(images, plan.short_side, scale)
         scores = _scores(model, x.flip(-1) if mirrored else x, plan)
         scores = _resize(scores.flip(-1) if mirrored else scores, target)
         total = total + (scores if plan.output == "scores" else scores.softmax(1))
     return total.argmax(1).to(label_dtype(total.shape[1])) if labels else total / len(plan.variants)
 
 
-def _scaled(images: Tensor, scale: float, short_side: int | None) -> Tensor:
+def rescaled(images: Tensor, short_side: int | None, scale: float = 1) -> Tensor:
+    """Images [B, C, H, W] as predict resizes them before the model sees them (bilinear)."""
     scale *= short_side / min(images.shape[2:]) if short_side else 1
     return images if scale == 1 else _resize(images, tuple(max(round(n * scale), 1) for n in images.shape[2:]))
 
@@ -225,7 +231,11 @@ def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _masks(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
     """Mask logits [B, N, h, w] and class probabilities [B, N, K] of the last stage, and the extent of the images."""
-    out = model(images)
+    return last_stage(model(images), images)
+
+
+def last_stage(out: SegViTOutput, images: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """What predict decodes of the model's output for these images: masks, probabilities and extent, see mask_decode."""
     probs = out.class_logits[-1].softmax(-1)[..., :-1]
     half = images.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(images.device.type)
     if images.is_cuda and half:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from segvit.checkpoints import step_folders, write_whole
+from segvit.checkpoints import CURVES, step_folders, write_whole
 
 HELD_OUT = "held_out.csv"  # validation images of a run whose data has no val part
 ELSEWHERE = (  # options that may change without a word
@@ -38,7 +38,7 @@ MODEL = ("model", "backbone", "shrink", "edge_budget", "drop_path", "freeze_back
 def own_files(run: Path) -> list[Path]:
     """What a run wrote to its folder; nothing else in there is ever touched."""
     folders = [path for path in (run / "best", *run.glob("step_*")) if (path / "config.json").is_file()]
-    return folders + [path for path in (run / "log.jsonl", run / HELD_OUT) if path.is_file()]
+    return folders + [run / name for name in ("log.jsonl", CURVES, HELD_OUT) if (run / name).is_file()]
 
 
 def newest(run: Path, resume: bool, overwrite: bool) -> Path | None:

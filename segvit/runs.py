@@ -25,6 +25,7 @@ from segvit.checkpoints import (
     save_checkpoint,
 )
 from segvit.classes import other_classes
+from segvit.curves import redrawn
 from segvit.data.check import check_data, judge
 from segvit.data.dataset import SegmentationDataset
 from segvit.data.layouts import find_pairs, has_part, open_data, split_pairs, write_table
@@ -98,7 +99,8 @@ def train_folder(
     """Train on the data's train part, validate on its val part at full size, keep the best and the newest checkpoints.
 
     Writes OUT/best (safetensors + config.json), OUT/step_… (the same, and training.pt to go on from), OUT/log.jsonl
-    (one record a line), and OUT/held_out.csv where validation images were held out.
+    (one record a line), OUT/curves.png (drawn from it after every validation, with Matplotlib), and OUT/held_out.csv
+    where validation images were held out.
 
     Args:
         data: folder with train/images, train/labels, val/… and classes.txt; or a CSV file.
@@ -243,7 +245,11 @@ def train_folder(
     share = accelerator.process_index, accelerator.num_processes
     workers = default_workers(share[1]) if workers is None else workers
     run_id = secrets.token_hex(4) if state is None else state["run_id"]
-    track = _tracking(accelerator, trackers, options, run_id, out)
+    tellers = [_tracking(accelerator, trackers, options, run_id, out), redrawn(run) if main else None]
+
+    def track(record: dict) -> None:
+        for tell in filter(None, tellers):
+            tell(record)
 
     def checkpoint(training: dict, weights: dict[str, Tensor]) -> None:
         if main:

@@ -149,7 +149,8 @@ def fit(
         if log is not None:
             _append(log, record)
         if track is not None:
-            track(record)
+            with clock.paused():
+                track(record)
         return record.get("miou", miou)
 
     if state and "record" in state:  # training ended between this checkpoint and its validation

@@ -67,7 +67,7 @@ def overlay(image: Image.Image, labels: np.ndarray, class_names: Sequence[str], 
     """The image under its class colours, with a legend of the classes that occur."""
     colours = Image.fromarray(colourise(labels, len(class_names)))
     picture = Image.blend(image.convert("RGB"), colours, opacity)
-    return _with_legend(picture, _occurring([labels], class_names), len(class_names))
+    return with_legend(picture, occurring([labels], class_names), len(class_names))
 
 
 def comparison(
@@ -89,10 +89,10 @@ def comparison(
         for column, picture in enumerate(pictures):
             method = Image.Resampling.NEAREST if column else Image.Resampling.BICUBIC
             canvas.paste(picture.resize(size, method), (column * (width + GAP), top))
-    return _with_legend(canvas, _occurring([labels for _, *maps in rows for labels in maps], class_names), K)
+    return with_legend(canvas, occurring([labels for _, *maps in rows for labels in maps], class_names), K)
 
 
-def _occurring(maps: Sequence[np.ndarray], class_names: Sequence[str]) -> list[tuple[int, str]]:
+def occurring(maps: Sequence[np.ndarray], class_names: Sequence[str]) -> list[tuple[int, str]]:
     """(class number, name) of the classes in any of the maps; number K stands for ignored pixels."""
     K = len(class_names)
     found = set().union(*(np.unique(labels).tolist() for labels in maps))
@@ -100,9 +100,11 @@ def _occurring(maps: Sequence[np.ndarray], class_names: Sequence[str]) -> list[t
     return names + ([(K, "ignored")] if any(not 0 <= i < K for i in found) else [])
 
 
-def _with_legend(picture: Image.Image, names: list[tuple[int, str]], num_classes: int) -> Image.Image:
-    """The picture with colours and names to its right, in letters that grow with it and as many columns as need be."""
-    scale = max(1.0, min(picture.size) / 800)
+def with_legend(
+    picture: Image.Image, names: list[tuple[int, str]], num_classes: int, scale: float | None = None
+) -> Image.Image:
+    """The picture with colours and names to its right, in as many columns as need be, in letters that grow with it."""
+    scale = max(1.0, min(picture.size) / 800) if scale is None else scale
     row, swatch, gap = (round(n * scale) for n in (ROW, SWATCH, GAP))
     font = ImageFont.load_default(13 * scale)
     colours = np.vstack([palette(num_classes), VOID])

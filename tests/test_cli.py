@@ -16,6 +16,7 @@ from test_convert import official_case
 from test_runs import shapes_folder  # noqa: F401  (a fixture)
 
 import segvit
+import segvit.explanation
 from segvit.cli import main
 from segvit.commands import COMMANDS, EXAMPLES, RECIPES
 
@@ -232,6 +233,42 @@ def test_predict_files_and_folders(checkpoint, shapes_folder, tmp_path, capsys):
     assert Image.open(out / "photo_overlay.png").width > 71
 
 
+def test_predict_explains(checkpoint, shapes_folder, tmp_path, capsys):  # noqa: F811
+    image, out = str(shapes_folder / "val" / "images" / "0.jpg"), tmp_path / "out"
+    arguments = ["predict", str(checkpoint), image, "--out", str(out)]
+    assert main([*arguments, "--explain"]) == 0
+    assert "1 label maps, overlays and explanations" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["0.png", "0_explain.png", "0_overlay.png"]
+    page = Image.open(out / "0_explain.png")
+    options = ["--explain", "--point", "[60, 3]", "--explain_classes", "[disc, 3, ring, cross, square, 0]"]
+    assert main([*arguments, *options]) == 0
+    assert Image.open(out / "0_explain.png").height > page.height + 100  # the table of the pixel
+    other = tmp_path / "0_explain.jpg"  # whose labels are out/0_explain.png
+    shutil.copy(image, other)
+    before = (out / "0_explain.png").read_bytes()
+    assert main([*arguments[:3], str(other), *arguments[3:], "--explain"]) == 1
+    assert "their predictions would overwrite each other" in capsys.readouterr().err
+    assert (out / "0_explain.png").read_bytes() == before
+    assert main([*arguments[:3], str(other), *arguments[3:]]) == 0
+
+
+def test_a_large_photo_is_explained_at_the_size_that_is_still_taken_whole(checkpoint, tmp_path, monkeypatch):
+    seen = []
+    watched = segvit.explanation.Explanation.picture
+
+    def picture(self, *args, **kwargs):
+        seen.append((self.seen, tuple(self.labels.shape)))
+        return watched(self, *args, **kwargs)
+
+    monkeypatch.setattr(segvit.explanation.Explanation, "picture", picture)
+    Image.new("RGB", (300, 200)).save(tmp_path / "a.png")  # the model's windows have 32x32 pixels
+    arguments = ["predict", str(checkpoint), str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--explain"]
+    for options in ([], ["--mode", "whole"], ["--short_side", "40"], ["--crop", "64"], ["--mode", "slide"]):
+        assert main([*arguments, *options]) == 0
+    shrunk = (52, 78)
+    assert seen == [(size, (200, 300)) for size in (shrunk, (200, 300), (40, 60), (104, 156), shrunk)]
+
+
 def test_unreadable_images_are_left_out_of_a_prediction_and_said(checkpoint, shapes_folder, tmp_path, capsys):  # noqa: F811
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -341,6 +378,26 @@ def test_every_command_has_help_with_an_example(command, capsys):
         (["predict", "CHECKPOINT", "DATA/val/labels", "--out", "DATA/val/labels"], 1, "would be overwritten"),
         (["train", "DATA", *TINY, "--pretrained", "DATA/classes.txt"], 1, "cannot load"),
         (["train", "DATA", *TINY, "--steps", "0"], 1, "steps must be at least 1"),
+        (["predict", "CHECKPOINT", "DATA/val/images", "--explain", "--point", "[3, 4]"], 1, "and there are 4"),
+        (
+            ["predict", "CHECKPOINT", "DATA/val/images/0.jpg", "--explain", "--point", "[64, 4]"],
+            1,
+            "x 64, y 4 is outside the image, which is 64 wide and 48 high",
+        ),
+        (["predict", "CHECKPOINT", "DATA/val/images/0.jpg", "--point", "[3, 4]"], 1, "go with --explain"),
+        (
+            ["predict", "CHECKPOINT", "DATA/val/images/0.jpg", "--explain", "--point", "[3]"],
+            1,
+            'a pixel "[x, y]", got [3]',
+        ),
+        (
+            ["predict", "CHECKPOINT", "DATA/val/images", "--explain", "--explain_classes", "[disk]"],
+            1,
+            "classes: 'disk' is neither a class of the model nor a number from 0 to 5; near: disc",
+        ),
+        (["curves", "nowhere"], 1, "nowhere: no such folder"),
+        (["curves", "DATA"], 1, "DATA: no log.jsonl in this folder"),
+        (["curves", "CHECKPOINT", "--out", "curves.jpg"], 1, "name a file for --out that ends in .png"),
         (["predict", "CHECKPOINT", "DATA/val/images", "--mode", "tiles"], 1, "mode must be one of whole, slide, auto"),
     ],
 )

@@ -127,9 +127,12 @@ class EdgeSelector(nn.Module):
         """tokens [B, h·w, C]. Returns edge logits [B, h, w] float32, and the chosen cells [B, E], none of them even."""
         logits = self.head(tokens)[..., 0]
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        even = stride_index(grid, STRIDE, tokens.device).expand(tokens.shape[0], -1)
-        chosen = logits.detach().scatter(1, even, -torch.inf).topk(self.count(grid), 1).indices
-        return logits.unflatten(1, grid), chosen
+        return logits.unflatten(1, grid), self.choose(logits.detach(), grid)
+
+    def choose(self, logits: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The cells [B, E] with the largest edge logits [B, h·w] that are not even."""
+        even = stride_index(grid, STRIDE, logits.device).expand(logits.shape[0], -1)
+        return logits.scatter(1, even, -torch.inf).topk(self.count(grid), 1).indices
 
 
 class LightUpsample(nn.Module):
