@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from segvit.explanation import EDGE, EVEN, Explanation, Ranked
-from segvit.visualize import GAP, ROW, SWATCH, colourise, fit_size, occurring, palette, with_legend
+from segvit.visualize import GAP, ROW, SWATCH, colourise, fit_size, occurring, palette, text_font, with_legend
 
 SHADES = np.array([(12, 8, 38), (84, 18, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])  # of 0 to 1, evenly
 EVEN_COLOUR, EDGE_COLOUR = (70, 200, 255), (255, 70, 30)
@@ -25,8 +25,8 @@ class Style:
     def __init__(self, scale: float):
         self.scale = scale
         self.row, self.swatch, self.gap, self.bar = (round(n * scale) for n in (ROW, SWATCH, GAP, 5))
-        self.font = ImageFont.load_default(LETTERS * scale)
-        self.title = ImageFont.load_default(1.25 * LETTERS * scale)
+        self.font = text_font(LETTERS * scale)
+        self.title = text_font(1.25 * LETTERS * scale)
 
     def wrapped(self, text: str, width: int, font=None) -> list[str]:
         """Lines no wider than `width`; words that are wider are broken."""

@@ -1,5 +1,6 @@
 """Pictures: colours for classes, overlays with a legend, image beside truth beside prediction, and errors."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 VOID = (0, 0, 0)  # ignored pixels
 WRONG = (230, 25, 45)  # pixels where truth and prediction differ
 ROW, SWATCH, GAP = 20, 14, 8  # of legends, in pixels
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "arial.ttf", "Arial.ttf", "Helvetica.ttc")  # the first that is there
 LEAST_ROWS = 12  # of a legend, even beside a picture that is less high
 
 
@@ -48,6 +50,17 @@ def mistakes(image: Image.Image, wrong: np.ndarray) -> Image.Image:  # [H, W] bo
     return Image.composite(Image.new("RGB", image.size, WRONG), pale, share)
 
 
+@functools.cache
+def text_font(size: float) -> ImageFont.FreeTypeFont:
+    """A font of the system that knows most languages' letters, else Pillow's own, which has little beyond ASCII."""
+    for name in FONTS:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)
+
+
 def fit_size(size: tuple[int, int], side: int) -> tuple[int, int]:
     """(width, height) whose longer side is `side`."""
     scale = side / max(size)
@@ -81,7 +94,7 @@ def comparison(
     width, columns = max(w for w, _ in sizes), len(rows[0])
     tops = np.cumsum([ROW, *(height + GAP for _, height in sizes)])
     canvas = Image.new("RGB", (columns * (width + GAP) - GAP, int(tops[-1]) - GAP), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    draw, font = ImageDraw.Draw(canvas), text_font(13)
     for column, heading in zip(range(columns), ("image", "truth", "prediction")):
         draw.text((column * (width + GAP) + 2, 2), heading, fill="black", font=font)
     for top, size, (image, *maps) in zip(tops.tolist(), sizes, rows):
@@ -106,7 +119,7 @@ def with_legend(
     """The picture with colours and names to its right, in as many columns as need be, in letters that grow with it."""
     scale = max(1.0, min(picture.size) / 800) if scale is None else scale
     row, swatch, gap = (round(n * scale) for n in (ROW, SWATCH, GAP))
-    font = ImageFont.load_default(13 * scale)
+    font = text_font(13 * scale)
     colours = np.vstack([palette(num_classes), VOID])
     text = max((font.getlength(name) for _, name in names), default=0)
     width = int(text) + swatch + 3 * gap

@@ -1,6 +1,8 @@
 import numpy as np
-from PIL import Image
+import pytest
+from PIL import Image, ImageFont
 
+from segvit import visualize
 from segvit.visualize import WRONG, colourise, comparison, label_image, mistakes, overlay, palette, picture
 
 
@@ -84,3 +86,18 @@ def test_mistakes_are_red_over_grey_and_thin_ones_stay_visible():
     assert (shown[:10] == WRONG).all()
     assert np.ptp(shown[19], axis=-1).max() == 0
     assert 40 < shown[15, 0, 0] - shown[15, 0, 1] < WRONG[0]
+
+
+def test_without_a_font_of_the_system_pillows_own_serves(monkeypatch):
+    monkeypatch.setattr(visualize, "FONTS", ("no_such_font.ttf",))
+    visualize.text_font.cache_clear()
+    assert visualize.text_font(13).getname() == ImageFont.load_default(13).getname()
+    visualize.text_font.cache_clear()
+
+
+def test_letters_beyond_ascii_are_no_boxes():
+    font = visualize.text_font(13)
+    if font.getname() == ImageFont.load_default(13).getname():
+        pytest.skip("this system has none of the fonts")
+    masks = {bytes(font.getmask(letter)) for letter in "ä\u0416é\uffff"}
+    assert len(masks) == 4
