@@ -3,7 +3,7 @@
 import importlib
 import os
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _HOME = {
     "ATMLoss": "losses",

@@ -1,9 +1,12 @@
 """What is installed and what importing it costs."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -77,22 +80,18 @@ def test_arrows_point_one_way():
             assert not found, f"{path.name}: {found}"
 
 
-@pytest.mark.slow
-def test_the_wheel_is_one_abi3_wheel_with_the_kernels_inside(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-build-isolation",
-        "--no-deps",
-        "-w",
-        tmp_path,
-        ROOT,
-    ]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of this checkout."""
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", out, ROOT]
     subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_the_wheel_is_one_abi3_wheel_with_the_kernels_inside(wheel):
     assert "-cp310-abi3-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert "segvit/kernels/atm.py" in names
@@ -102,6 +101,37 @@ def test_the_wheel_is_one_abi3_wheel_with_the_kernels_inside(tmp_path):
     tracked = {str(p.relative_to(ROOT)) for p in (ROOT / "segvit").rglob("*") if p.suffix in endings}
     assert len(tracked) > 45
     assert tracked <= set(names)
+
+
+def build(kind: str, tree: Path, out: Path) -> Path:
+    """The sdist or wheel that the build backend makes of a source tree; without CUDA, which takes minutes."""
+    code = f"import setuptools.build_meta as backend; print(backend.build_{kind}({str(out)!r}))"
+    environment = os.environ | {"SEGVIT_CUDA": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out / done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_what_a_wheel_is_built_from(wheel, tmp_path):
+    """Made of a clean copy: file lists of an earlier build would hide what MANIFEST.in forgets."""
+    tree, needed = tmp_path / "tree", ("segvit", "kernels", "csrc")
+    for name in needed:
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    files = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
+    archive = build("sdist", tree, tmp_path)
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    held = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    assert files <= held
+    assert not [name for name in held if name.startswith(("tests/", "bench/"))]
+    built = build("wheel", unpacked, tmp_path)
+    assert built.name == wheel.name
+    there, here = (set(zipfile.ZipFile(path).namelist()) for path in (built, wheel))
+    assert there == here - {"segvit/_C_cuda.abi3.so"}
 
 
 @pytest.mark.slow

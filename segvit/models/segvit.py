@@ -34,6 +34,8 @@ Its backbone's pretrained weights and its training data have licences of their o
 
 
 class SegViTOutput(NamedTuple):
+    """What a SegViT says of images, for ATMLoss: one class and one mask for each class token, at every stage."""
+
     class_logits: Tensor  # [S, B, N, K+1] float32; the last column is "no object"; the last stage is the final one
     mask_logits: Tensor  # [S, B, N, h, w] float32
     extent: tuple[float, float]  # rows and columns of the mask grid that the image covers: (H / patch, W / patch)
