@@ -13,7 +13,7 @@ from segvit.explanation import Explanation
 
 IMAGES = Path(__file__).parent / "images"
 STEPS, SEED = 220, 0
-COLOURS = 128  # of a picture's file
+COLOURS = 256  # of a picture's file
 
 
 def trained(**options) -> tuple[segvit.SegViT, list[dict]]:
