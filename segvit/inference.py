@@ -21,6 +21,7 @@ from segvit.ops.reference.mask_decode import label_dtype
 OUTPUTS = ("labels", "scores", "probabilities")
 MODES = ("whole", "slide", "auto")
 PROTOCOLS = ("fused", "paper")
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as training names them
 LARGE = 4  # times the pixels of a crop: from there on "auto" slides
 STRIP_BYTES = 32 << 20  # of scores that are resized and compared at once
 Picture = Tensor | np.ndarray | Image.Image | str | Path
@@ -154,7 +155,10 @@ def plan_prediction(
 
 
 def _prepare(model: nn.Module, images) -> tuple[Iterable[Tensor], bool]:
-    """Normalised batches [B, C, H, W] on the model's device, and whether it is one batch to return as it is."""
+    """Normalised batches [B, C, H, W] on the model's device, and whether it is one batch to return as it is.
+
+    They are float32 or float64: what is resized is rounded to the model's dtype once, afterwards.
+    """
     channels, device = len(model.mean), model.mean.device
     if isinstance(images, Tensor):
         if images.is_floating_point():
@@ -162,7 +166,7 @@ def _prepare(model: nn.Module, images) -> tuple[Iterable[Tensor], bool]:
                 raise ValueError(f"images: a float tensor must be [B, C, H, W], got {tuple(images.shape)}")
             if images.device != device:
                 raise ValueError(f"images are on {images.device}, but the model is on {device}")
-            return [images], True
+            return [images if images.dtype == torch.float64 else images.float()], True
         if images.dtype != torch.uint8 or images.dim() not in (3, 4):
             raise ValueError(f"images: an integer tensor must be uint8 [B, C, H, W], got {images.dtype}")
         return [normalise(model, images if images.dim() == 4 else images[None])], True
@@ -174,7 +178,7 @@ def _prepare(model: nn.Module, images) -> tuple[Iterable[Tensor], bool]:
 
 
 def normalise(model: nn.Module, raw: Tensor) -> Tensor:
-    """Images [..., C, H, W] of a data set or a file as the model takes them, on its device and in its dtype.
+    """Images [..., C, H, W] of a data set or a file as the model takes them, float32 on its device.
 
     uint8 is divided by 255; floats are on the scale of the model's mean and std already. Raises ValueError for another
     number of channels.
@@ -183,7 +187,7 @@ def normalise(model: nn.Module, raw: Tensor) -> Tensor:
     if raw.shape[-3] != len(mean):
         raise ValueError(f"images: the model takes {len(mean)} channels, got {raw.shape[-3]}")
     full = 255 if raw.dtype == torch.uint8 else 1
-    return ((raw.to(mean.device).float() / full - mean) / std).to(next(model.parameters()).dtype)
+    return (raw.to(mean.device).float() / full - mean) / std
 
 
 def _raw(image, channels: int) -> Tensor:
@@ -224,10 +228,14 @@ def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _masks(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
-    """Mask logits [B, N, h, w] and class probabilities [B, N, K] of the last stage, and the extent of the images."""
-    out = model(images)
+    """Mask logits [B, N, h, w] and class probabilities [B, N, K] of the last stage, and the extent of the images.
+
+    The images are cast to the model's dtype here.
+    """
+    dtype = next(model.parameters()).dtype
+    out = model(images.to(dtype))
     probs = out.class_logits[-1].softmax(-1)[..., :-1]
-    half = images.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(images.device.type)
+    half = dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(images.device.type)
     if images.is_cuda and half:
         probs = probs.half()  # a model that computes in half precision is decoded in it
     return out.mask_logits[-1], probs, out.extent
