@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--keep", type=Path, help="folder of the trained models, which another call takes from there")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for the JSON file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     given = arguments.weights_and_families
     weights = given.pop(0) if given and given[0] not in FAMILIES else None
     if unknown := [name for name in given if name not in FAMILIES]:

@@ -66,6 +66,8 @@ def predict(
         prune: leave out class tokens none of whose class probabilities reaches this ε (0.01 say): faster, and no score
             changes by more than ε times the number of those left out.
 
+    A model in bfloat16 or float16 computes in it; images are cast after they are resized, and scores are float32.
+
     Returns:
         labels [B, H, W] (uint8 up to 256 classes, else int16), or float32 [B, K, H, W]. A sequence of images of
         different sizes, with size=None, gives a list, one [H, W] or [K, H, W] each.
