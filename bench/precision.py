@@ -13,6 +13,14 @@ for some minutes on images of 160x120 (LayerScale starts at 0.1, or their blocks
 outliers among the activations of large pretrained models: their rows say how the code behaves in a precision, not how
 every checkpoint will. `largest` is the largest number that a module put out in float32 on eight images; fp16 ends at
 65504.
+
+A precision is good enough here if mIoU stays within 0.01 of float32's. int8 needs nothing of segvit but, for EVA02 and
+BEiT, whose call torchao cannot read otherwise, the loop:
+
+    for module in model.modules():
+        if hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = True
+    torchao.quantization.quantize_(model, torchao.quantization.Int8WeightOnlyConfig())
 """
 
 import argparse
@@ -96,7 +104,7 @@ def precisions() -> dict[str, Callable[[nn.Module], nn.Module]]:
     def quantized(config: type, part: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
         def convert(model: nn.Module) -> nn.Module:
             for module in model.modules():
-                if hasattr(module, "qkv_bias_separate"):  # torchao cannot read the call that timm makes otherwise
+                if hasattr(module, "qkv_bias_separate"):
                     module.qkv_bias_separate = True
             quantize_(part(model), config())
             return model
