@@ -145,6 +145,7 @@ def _prediction_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--prune", type=float, default=0.0, help="leave out class tokens less probable than this; 0.01")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 …")
+    parser.add_argument("--precision", type=str, default="no", help="of weights and images: no (float32), bf16, fp16")
 
 
 def _prediction_options(arguments, remembered: dict) -> dict:
@@ -155,17 +156,20 @@ def _prediction_options(arguments, remembered: dict) -> dict:
     return {name: arguments[name] for name in names} | {"crop_size": arguments.crop, "short_side": short_side}
 
 
-def _load(checkpoint: str, device: str):
-    """A saved model on the device asked for."""
+def _load(checkpoint: str, device: str, precision: str = "no"):
+    """A saved model on the device and in the precision asked for."""
     import torch
 
     from segvit.checkpoints import load_model
+    from segvit.inference import PRECISIONS
 
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("there is no GPU that PyTorch can use; --device cpu")
-    return load_model(checkpoint).to(device).eval()
+    return load_model(checkpoint).to(device, PRECISIONS[precision]).eval()
 
 
 def _evaluate_arguments(parser: ArgumentParser) -> None:
@@ -197,7 +201,7 @@ def _evaluate(arguments) -> None:
     from segvit.evaluation import evaluate, sample_name
     from segvit.report import Collector, check_target, write_report
 
-    model = _load(arguments.checkpoint, arguments.device)
+    model = _load(arguments.checkpoint, arguments.device, arguments.precision)
     remembered = load_labels(arguments.checkpoint)
     options = _label_options(arguments, remembered)
     part = arguments.part
@@ -225,23 +229,24 @@ def _evaluate(arguments) -> None:
         watch=collector,
         **prediction,
     )
-    _print_scores(scores, names, len(data), arguments.json)
+    _print_scores(scores, names, len(data), arguments.precision, arguments.json)
     if collector is not None:
         shown = {"part": part, **options, "boundary": arguments.boundary, **prediction}
+        shown["precision"] = arguments.precision
         meta = _provenance(arguments, {name: value for name, value in shown.items() if value is not None})
         title = f"{arguments.checkpoint} on {arguments.data}"
         write_report(arguments.report, scores, names, collector, title, meta)
         print(arguments.report, file=sys.stderr if arguments.json else sys.stdout)
 
 
-def _print_scores(scores, names: list[str], total: int, as_json: bool) -> None:
+def _print_scores(scores, names: list[str], total: int, precision: str, as_json: bool) -> None:
     """Scores on stdout, and on stderr how many of `total` images they leave out."""
     images = total - scores.left_out
     if scores.left_out:
         print(f"{scores.left_out} of {total} images are left out: they cannot be read", file=sys.stderr)
     if as_json:
         value = {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc}
-        value |= {"images": images, "left_out": scores.left_out}
+        value |= {"images": images, "left_out": scores.left_out, "precision": precision}
         value |= {"iou": dict(zip(names, scores.iou)), "absent": scores.absent(names)}
         if scores.boundary_iou is not None:
             value |= {"boundary_miou": scores.boundary_miou, "boundary_iou": dict(zip(names, scores.boundary_iou))}
@@ -335,7 +340,7 @@ def _predict(arguments) -> None:
     taken = {target.resolve() for target in written} & {path.resolve() for path in paths}
     if taken:
         raise ValueError(f"{min(taken)} is an image to predict, and would be overwritten; choose another --out")
-    model = _load(arguments.checkpoint, arguments.device)
+    model = _load(arguments.checkpoint, arguments.device, arguments.precision)
     options = _prediction_options(arguments, load_labels(arguments.checkpoint))
     plan = plan_prediction(model, **options)
     explained = explainer(arguments, model, plan, len(paths))

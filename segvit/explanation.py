@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from segvit.data.images import MODES, read_image, to_picture
-from segvit.inference import Picture, evaluating, last_stage, normalise, raw_image, rescaled
+from segvit.inference import Picture, evaluating, in_own_dtype, last_stage, normalise, raw_image, rescaled
 from segvit.models.shrunk import STRIDE
 from segvit.ops import mask_decode
 from segvit.ops.reference._sampling import bilinear_matrix, resize
@@ -151,8 +151,8 @@ def explain(
     raw = raw_image(image, len(model.mean))
     images = _at_most(model, rescaled(normalise(model, raw)[None], short_side), max_pixels)
     with torch.no_grad(), evaluating(model):
-        out = model(images)
-        masks, probs, extent = last_stage(out, images)
+        out = in_own_dtype(model, images)
+        masks, probs, extent = last_stage(model, out)
         labels = mask_decode(masks, probs, tuple(raw.shape[1:]), extent=extent)[0].cpu()
         kept = _kept(model, out)
     class_probs = out.class_logits[:, 0].softmax(-1).cpu()

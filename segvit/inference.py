@@ -21,6 +21,7 @@ from segvit.ops.reference.mask_decode import label_dtype
 OUTPUTS = ("labels", "scores", "probabilities")
 MODES = ("whole", "slide", "auto")
 PROTOCOLS = ("fused", "paper")
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as training names them
 LARGE = 4  # times the pixels of a crop: from there on "auto" slides
 STRIP_BYTES = 32 << 20  # of scores that are resized and compared at once
 Picture = Tensor | np.ndarray | Image.Image | str | Path
@@ -64,6 +65,8 @@ def predict(
         window_batch: windows that go through the model at once.
         prune: leave out class tokens none of whose class probabilities reaches this ε (0.01 say): faster, and no score
             changes by more than ε times the number of those left out.
+
+    A model in bfloat16 or float16 computes in it; images are cast after they are resized, and scores are float32.
 
     Returns:
         labels [B, H, W] (uint8 up to 256 classes, else int16), or float32 [B, K, H, W]. A sequence of images of
@@ -159,7 +162,10 @@ def plan_prediction(
 
 
 def _prepare(model: nn.Module, images) -> tuple[Iterable[Tensor], bool]:
-    """Normalised batches [B, C, H, W] on the model's device, and whether it is one batch to return as it is."""
+    """Normalised batches [B, C, H, W] on the model's device, and whether it is one batch to return as it is.
+
+    They are float32 or float64: what is resized is rounded to the model's dtype once, afterwards.
+    """
     channels, device = len(model.mean), model.mean.device
     if isinstance(images, Tensor):
         if images.is_floating_point():
@@ -167,7 +173,7 @@ def _prepare(model: nn.Module, images) -> tuple[Iterable[Tensor], bool]:
                 raise ValueError(f"images: a float tensor must be [B, C, H, W], got {tuple(images.shape)}")
             if images.device != device:
                 raise ValueError(f"images are on {images.device}, but the model is on {device}")
-            return [images], True
+            return [images if images.dtype == torch.float64 else images.float()], True
         if images.dtype != torch.uint8 or images.dim() not in (3, 4):
             raise ValueError(f"images: an integer tensor must be uint8 [B, C, H, W], got {images.dtype}")
         return [normalise(model, images if images.dim() == 4 else images[None])], True
@@ -179,7 +185,7 @@ def _prepare(model: nn.Module, images) -> tuple[Iterable[Tensor], bool]:
 
 
 def normalise(model: nn.Module, raw: Tensor) -> Tensor:
-    """Images [..., C, H, W] of a data set or a file as the model takes them, on its device and in its dtype.
+    """Images [..., C, H, W] of a data set or a file as the model takes them, float32 on its device.
 
     uint8 is divided by 255; floats are on the scale of the model's mean and std already. Raises ValueError for another
     number of channels.
@@ -188,7 +194,7 @@ def normalise(model: nn.Module, raw: Tensor) -> Tensor:
     if raw.shape[-3] != len(mean):
         raise ValueError(f"images: the model takes {len(mean)} channels, got {raw.shape[-3]}")
     full = 255 if raw.dtype == torch.uint8 else 1
-    return ((raw.to(mean.device).float() / full - mean) / std).to(next(model.parameters()).dtype)
+    return (raw.to(mean.device).float() / full - mean) / std
 
 
 def raw_image(image: Picture, channels: int) -> Tensor:
@@ -231,14 +237,20 @@ def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _masks(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
     """Mask logits [B, N, h, w] and class probabilities [B, N, K] of the last stage, and the extent of the images."""
-    return last_stage(model(images), images)
+    return last_stage(model, in_own_dtype(model, images))
 
 
-def last_stage(out: SegViTOutput, images: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
-    """What predict decodes of the model's output for these images: masks, probabilities and extent, see mask_decode."""
+def in_own_dtype(model: nn.Module, images: Tensor) -> SegViTOutput:
+    """The model's output for normalised images of any float type, which are cast to its own."""
+    return model(images.to(next(model.parameters()).dtype))
+
+
+def last_stage(model: nn.Module, out: SegViTOutput) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """What predict decodes of a model's output: masks, probabilities and extent, see mask_decode."""
     probs = out.class_logits[-1].softmax(-1)[..., :-1]
-    half = images.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(images.device.type)
-    if images.is_cuda and half:
+    device, dtype = out.mask_logits.device.type, next(model.parameters()).dtype
+    half = dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device)
+    if device == "cuda" and half:
         probs = probs.half()  # a model that computes in half precision is decoded in it
     return out.mask_logits[-1], probs, out.extent
 

@@ -33,7 +33,7 @@ from segvit.data.moments import input_options
 from segvit.data.stream import default_workers
 from segvit.data.transforms import TrainTransform
 from segvit.evaluation import evaluate
-from segvit.inference import plan_prediction
+from segvit.inference import PRECISIONS, plan_prediction
 from segvit.losses import ATMLoss
 from segvit.metrics import Scores
 from segvit.models import SegViT, create_model, list_models
@@ -389,7 +389,7 @@ def _check_options(
     ema: float | None,
     trackers: list[str],
 ) -> None:
-    for name, value, allowed in (("precision", precision, ("no", "bf16", "fp16")), ("compile", compile, COMPILE)):
+    for name, value, allowed in (("precision", precision, (*PRECISIONS,)), ("compile", compile, COMPILE)):
         if value not in allowed:
             raise ValueError(f"{name} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}")
     for name, value in (

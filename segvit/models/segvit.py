@@ -179,6 +179,24 @@ class SegViT(
                 raise ValueError(f"{name} must have one value per channel ({in_chans}), got {list(values)}")
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
 
+    def _apply(self, fn, recurse: bool = True) -> "SegViT":
+        """A cast to half precision leaves in float32 what it would spoil: mean and std, and frequencies of rotary
+
+        positions, whose errors the positions multiply.
+        """
+        rope = getattr(self.backbone.model, "rope", None)
+        exact = [
+            (module, name, value.detach())
+            for module in (self, *([] if rope is None else [rope]))
+            for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        ]
+        super()._apply(fn, recurse)
+        for module, name, value in exact:
+            cast = getattr(module, name)
+            if cast.dtype in (torch.float16, torch.bfloat16):
+                cast.data = value.to(cast.device, torch.float32)
+        return self
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "SegViT":
         """A saved model, in evaluation mode: a folder of save_pretrained, a run of `segvit train` (its best), or a name
