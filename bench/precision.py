@@ -14,13 +14,7 @@ outliers among the activations of large pretrained models: their rows say how th
 every checkpoint will. `largest` is the largest number that a module put out in float32 on eight images; fp16 ends at
 65504.
 
-A precision is good enough here if mIoU stays within 0.01 of float32's. int8 needs nothing of segvit but, for EVA02 and
-BEiT, whose call torchao cannot read otherwise, the loop:
-
-    for module in model.modules():
-        if hasattr(module, "qkv_bias_separate"):
-            module.qkv_bias_separate = True
-    torchao.quantization.quantize_(model, torchao.quantization.Int8WeightOnlyConfig())
+A precision is good enough here if mIoU stays within 0.01 of float32's.
 """
 
 import argparse
@@ -44,8 +38,9 @@ import segvit
 from segvit.checkpoints import load_model
 from segvit.data.layouts import open_data
 from segvit.data.transforms import TrainTransform
-from segvit.inference import PRECISIONS, normalise
+from segvit.inference import normalise
 from segvit.metrics import ConfusionMatrix
+from segvit.precision import PRECISIONS, in_precision, quantise
 from segvit.training import fit
 
 PRETRAINED = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -92,28 +87,21 @@ def trained(family: str, data: str, weights: str | None, steps: int, keep: Path 
 def precisions() -> dict[str, Callable[[nn.Module], nn.Module]]:
     """What makes a float32 model one of each precision, by name."""
     made = {
-        "float32" if name == "no" else name: lambda model, dtype=dtype: model.to(dtype)
-        for name, dtype in PRECISIONS.items()
+        "float32" if name == "no" else name: lambda model, name=name: in_precision(model, name) for name in PRECISIONS
     }
     try:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
     except ImportError:
         print("torchao is not installed: no int8")
         return made
 
-    def quantized(config: type, part: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
-        def convert(model: nn.Module) -> nn.Module:
-            for module in model.modules():
-                if hasattr(module, "qkv_bias_separate"):
-                    module.qkv_bias_separate = True
-            quantize_(part(model), config())
-            return model
-
-        return convert
+    def backbone(model: nn.Module, config) -> nn.Module:
+        quantise(model.backbone, config)
+        return model
 
     for kind, config in (("int8", Int8WeightOnlyConfig), ("int8 dynamic", Int8DynamicActivationInt8WeightConfig)):
-        made[f"{kind}, backbone"] = quantized(config, lambda model: model.backbone)
-        made[kind] = quantized(config, lambda model: model)
+        made[f"{kind}, backbone"] = lambda model, config=config: backbone(model, config())
+        made[kind] = lambda model, config=config: quantise(model, config())
     return made
 
 

@@ -145,7 +145,7 @@ def _prediction_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--prune", type=float, default=0.0, help="leave out class tokens less probable than this; 0.01")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1 …")
-    parser.add_argument("--precision", type=str, default="no", help="of weights and images: no (float32), bf16, fp16")
+    parser.add_argument("--precision", type=str, default="no", help="no (float32), bf16, fp16, or int8 (weights alone)")
 
 
 def _prediction_options(arguments, remembered: dict) -> dict:
@@ -161,15 +161,13 @@ def _load(checkpoint: str, device: str, precision: str = "no"):
     import torch
 
     from segvit.checkpoints import load_model
-    from segvit.inference import PRECISIONS
+    from segvit.precision import in_precision
 
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("there is no GPU that PyTorch can use; --device cpu")
-    return load_model(checkpoint).to(device, PRECISIONS[precision]).eval()
+    return in_precision(load_model(checkpoint).to(device), precision).eval()
 
 
 def _evaluate_arguments(parser: ArgumentParser) -> None:

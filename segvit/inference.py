@@ -21,7 +21,6 @@ from segvit.ops.reference.mask_decode import label_dtype
 OUTPUTS = ("labels", "scores", "probabilities")
 MODES = ("whole", "slide", "auto")
 PROTOCOLS = ("fused", "paper")
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # as training names them
 LARGE = 4  # times the pixels of a crop: from there on "auto" slides
 STRIP_BYTES = 32 << 20  # of scores that are resized and compared at once
 Picture = Tensor | np.ndarray | Image.Image | str | Path

@@ -33,11 +33,12 @@ from segvit.data.moments import input_options
 from segvit.data.stream import default_workers
 from segvit.data.transforms import TrainTransform
 from segvit.evaluation import evaluate
-from segvit.inference import PRECISIONS, plan_prediction
+from segvit.inference import plan_prediction
 from segvit.losses import ATMLoss
 from segvit.metrics import Scores
 from segvit.models import SegViT, create_model, list_models
 from segvit.models.segvit import as_pair
+from segvit.precision import PRECISIONS
 from segvit.resume import HELD_OUT, compare_options, go_on, last_good, newest, own_files, stop_signals
 from segvit.training import COMPILE, fit
 

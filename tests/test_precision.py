@@ -14,6 +14,7 @@ from segvit.cli import main
 from segvit.inference import normalise
 from segvit.models.shrunk import EdgeSelector
 from segvit.ops.reference.token_resample import stride_index
+from segvit.precision import in_precision
 
 HALF = [torch.bfloat16, torch.float16]
 ROUNDINGS = 6 * 8 + 9 * 12  # of what runs from an image to its logits: eight a block, twelve a layer of the decoder
@@ -149,8 +150,10 @@ def saved(shapes_folder, tmp_path_factory):  # noqa: F811
     return folder
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("no", torch.float32), *zip(("bf16", "fp16"), HALF)])
+@pytest.mark.parametrize(("name", "dtype"), [*zip(("bf16", "fp16"), HALF), *zip(("no", "int8"), [torch.float32] * 2)])
 def test_commands_run_in_a_precision_and_say_so(name, dtype, saved, shapes_folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+    if name == "int8":
+        pytest.importorskip("torchao")
     dtypes, predict = set(), segvit.predict
 
     def watched(model, *args, **kwargs):
@@ -169,24 +172,21 @@ def test_commands_run_in_a_precision_and_say_so(name, dtype, saved, shapes_folde
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
-@pytest.mark.parametrize("name", ["int8", "float16", "false"])
+@pytest.mark.parametrize("name", ["int4", "float16", "false"])
 def test_another_precision_is_refused_in_one_line(command, name, saved, shapes_folder, capsys):  # noqa: F811
     target = shapes_folder / "val" if command == "evaluate" else shapes_folder / "val" / "images"
     assert main([command, str(saved), str(target), "--precision", name]) == 1
     captured = capsys.readouterr()
-    assert captured.err.strip().endswith(f"precision must be one of no, bf16, fp16, got '{name}'")
+    assert captured.err.strip().endswith(f"precision must be one of no, bf16, fp16, int8, got '{name}'")
     assert len(captured.err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("family", ["AugReg", "EVA02", "BEiT v2"])
 def test_torchao_makes_int8_models_that_predict(family):
-    quantization = pytest.importorskip("torchao.quantization")
+    pytest.importorskip("torchao.quantization")
     model = family_model(family)
     quantised, images = copy.deepcopy(model), torch.rand(1, 3, *model.image_size) * 2 - 1
-    for module in quantised.modules():
-        if hasattr(module, "qkv_bias_separate"):
-            module.qkv_bias_separate = True
-    quantization.quantize_(quantised, quantization.Int8WeightOnlyConfig())
+    in_precision(quantised, "int8")
     with torch.no_grad():
         want, got = model(images), quantised(images)
     step = 4 / 127 / 12**0.5  # of weights whose largest is four times their size, as a share of it
