@@ -297,11 +297,9 @@ def test_convert(tmp_path, capsys):
     assert "out exists already" in capsys.readouterr().err
 
 
-def test_models_json_is_one_list_and_nothing_else():
-    run = subprocess.run(
-        [sys.executable, "-m", "segvit", "models", "--json"], capture_output=True, text=True, check=True, timeout=120
-    )
-    rows = json.loads(run.stdout)
+def test_models_json_is_one_list_and_nothing_else(capfd):
+    assert main(["models", "--json"]) == 0
+    rows = json.loads(capfd.readouterr().out)
     assert len(rows) >= 15
     for row in rows:
         assert {"name", "published", "gmac", "params_m", "image_size", "num_classes", "licence"} <= set(row)

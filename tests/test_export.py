@@ -186,7 +186,7 @@ def test_a_program_runs_without_segvits_operators(family, tmp_path, monkeypatch)
 
 
 @SLOW
-@pytest.mark.parametrize("budget", [0.001, 0.125, 0.3, 1.0])
+@pytest.mark.parametrize("budget", [0.001, 0.125])
 def test_edge_tokens_are_as_many_at_every_size(budget):
     """The program's token counts at other sizes than the traced one, a half and none at all among them."""
     model = small(shrink="edge", edge_budget=budget)
