@@ -7,6 +7,7 @@ from test_training import Cropped, model
 import segvit
 from segvit.metrics import BoundaryIoU, ConfusionMatrix
 from segvit.ops import mask_decode, mask_loss, token_downsample
+from segvit.precision import in_precision
 from segvit.training import fit
 
 pytestmark = pytest.mark.gpu
@@ -162,3 +163,29 @@ def test_a_training_goes_on_where_it_was(options):
         runs.append(losses)
     assert runs[0][-1] < runs[0][0]
     torch.testing.assert_close(runs[1][-3:], runs[0][-3:], rtol=0.02, atol=0.02)
+
+
+def test_added_classes_leave_old_ones_as_they_are():
+    old = model().cuda().eval()
+    new = segvit.add_classes(old, ["cup"]).cuda()
+    images, labels = torch.randn(2, 3, 96, 96, device="cuda"), torch.full((2, 96, 96), new.num_classes - 1).cuda()
+    loss = segvit.ATMLoss(new.num_classes, learned=new.learned_classes).cuda()
+    step = segvit.compiled_step(new, loss, torch.optim.AdamW(new.parameter_groups(lr=0.01, weight_decay=0.5)))
+    for _ in range(4):
+        step(images, labels)
+    K = old.num_classes
+    with torch.no_grad():
+        before, after = old(images), new.eval()(images)
+    assert torch.equal(before.mask_logits, after.mask_logits[:, :, :K])
+    assert torch.equal(before.class_logits[..., :K], after.class_logits[:, :, :K, :K])
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_explanations(precision):
+    network = in_precision(model().cuda().eval(), precision)
+    image = torch.randint(0, 256, (3, 80, 90), dtype=torch.uint8)
+    explanation = segvit.explain(network, image)
+    assert torch.equal(explanation.labels, segvit.predict(network, image)[0].cpu())
+    scores = segvit.predict(network, image, output="scores")[0].float().cpu()
+    assert torch.allclose(explanation.scores((80, 90)), scores, atol=1e-2 if precision != "no" else 1e-4)
+    assert explanation.picture(point=(3, 4)).size[0] > 0
