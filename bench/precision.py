@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("weights_and_families", nargs="*", metavar="WEIGHTS FAMILY", help=", ".join(FAMILIES))
     parser.add_argument("--model", help="a trained model for AugReg's row")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--keep", type=Path, help="folder of the trained models, which another call takes from there")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for the JSON file")
     arguments = parser.parse_intermixed_args()
