@@ -16,7 +16,7 @@ test: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet "torch>=2.11"
+	$(BIN)/python -m pip install --quiet "torch>=2.11" numpy
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,test]"
 	touch $@
 

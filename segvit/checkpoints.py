@@ -14,6 +14,7 @@ from segvit.models import SegViT
 WEIGHTS = "model.safetensors"
 STATE = "training.pt"  # beside model.safetensors and config.json: what going on needs
 LABELS = "data.json"  # and how the labels of its data were read
+LOG = "log.jsonl"  # of a run, one record a line
 CURVES = "curves.png"  # of a run, beside its log
 
 
@@ -101,7 +102,7 @@ def clean(run: Path) -> None:
     for pattern in (".step_*.new", ".step_*.old", ".best.new", ".best.old"):
         for folder in run.glob(pattern):
             shutil.rmtree(folder)
-    for file in ("log.jsonl", CURVES):
+    for file in (LOG, CURVES):
         (run / f".{file}.new").unlink(missing_ok=True)
 
 

@@ -6,6 +6,7 @@ import torch
 
 from segvit.models import SegViT
 
+OVERRIDES = {"dropout", "drop_path", "activation_checkpointing", "freeze_backbone"}  # the backbone is frozen anyway
 OF_CLASSES = ("queries", "class_embed.weight", "class_embed.bias")  # of a decoder, what belongs to single classes
 
 
@@ -20,11 +21,18 @@ def add_classes(model: SegViT, class_names: Sequence[str], **overrides) -> SegVi
     Args:
         model: a trained SegViT; it is not changed. Classes may be added to it again and again.
         class_names: of the new classes, which get the numbers after the model's.
-        overrides: further arguments of SegViT, such as dropout.
+        overrides: dropout, drop_path and activation_checkpointing of SegViT.
 
     Raises:
-        ValueError: no new name, or one that the model knows already.
+        ValueError: no new name, or one that the model knows already; another argument of SegViT; a model of int8.
     """
+    if strange := sorted(set(overrides) - OVERRIDES):
+        raise ValueError(f"a model that keeps what it knows keeps its {', '.join(strange)}, too")
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names must be a list of names, got {class_names!r}")
+    own = next(model.parameters())
+    if any(type(p.data) is not torch.Tensor for p in model.parameters()):
+        raise ValueError("classes cannot be added to a model of int8; load it again in float32")
     names = list(class_names)
     doubled = [name for i, name in enumerate(names) if name in model.class_names or name in names[:i]]
     if not names or doubled:
@@ -36,14 +44,14 @@ def add_classes(model: SegViT, class_names: Sequence[str], **overrides) -> SegVi
         "added": [*config.get("added", ()), len(names)],
         "pretrained": False,
     }
-    new = SegViT(**(config | changed | overrides))
-    newest = new.added[-1]
+    new = SegViT(**(config | changed | overrides)).to(own.device, own.dtype)
+    newest, known = new.added[-1], model.state_dict()
     for name, value in new.state_dict().items():
         if not name.startswith(f"added.{len(new.added) - 1}."):
-            value.copy_(model.state_dict()[name])
+            value.copy_(known[name])
     for name, value in newest.state_dict().items():
         if name not in OF_CLASSES:
-            value.copy_(model.decoder.state_dict()[name])
+            value.copy_(known[f"decoder.{name}"])
     with torch.no_grad():  # the last row is "no object"
         newest.class_embed.weight[-1].copy_(model.decoder.class_embed.weight[-1])
         newest.class_embed.bias[-1].copy_(model.decoder.class_embed.bias[-1])
@@ -100,7 +108,9 @@ def with_classes(model: SegViT, class_names: Sequence[str], **overrides) -> tupl
     source, target = model.state_dict(), new.state_dict()
     if list(class_names) == model.class_names:
         new.load_state_dict(source)
-        return new, _said(model.class_names, model.class_names)
+        learning = [model.class_names[i] for i in model.learned_classes or ()]
+        frozen = f"; {', '.join(learning)} learn, the rest is frozen" if learning else ""
+        return new, _said(model.class_names, model.class_names) + frozen
     for name, value in target.items():
         rows = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
         if name.startswith("decoder.class_embed."):  # the last row is "no object"

@@ -29,7 +29,8 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None):
         line = " ".join(str(message).split())
-        if match := re.match(r'Parser key "(\w+)": Does not validate against any.*Given value: (.*)$', line):
+        unfit = r'Parser key "(\w+)": (?:Does not validate against any|Expected a <class .list.>).*[Vv]alue: (.*)$'
+        if match := re.match(unfit, line):
             line = f'--{match[1]} cannot be {match[2]}; lists are written "[1, 2]" and maps "{{1: 2}}", in quotes'
         elif match := re.match(r"unrecognized arguments: (--[\w-]+)", line):
             options = [name for action in self._actions for name in action.option_strings]

@@ -198,17 +198,21 @@ def _evaluate(arguments) -> None:
     from segvit.data.stream import default_workers
     from segvit.evaluation import evaluate, sample_name
     from segvit.report import Collector, check_target, write_report
+    from segvit.resume import HELD_OUT
 
     model = _load(arguments.checkpoint, arguments.device, arguments.precision)
     remembered = load_labels(arguments.checkpoint)
     options = _label_options(arguments, remembered)
-    part = arguments.part
-    whole = has_part(arguments.data, None, options["layout"])
-    if part is None and (has_part(arguments.data, "val", options["layout"]) or not whole):
-        part = "val"
+    part, place, held = arguments.part, arguments.data, Path(arguments.checkpoint, HELD_OUT)
+    whole, val = (has_part(place, name, options["layout"]) for name in (None, "val"))
     names = _agreed_classes(model.class_names, arguments, options["layout"])
-    data = open_data(arguments.data, part, classes=names, channels=len(model.mean), **options)
-    if part is None:
+    if part is None and not val and held.is_file() and Path(place).is_dir():
+        print(f"{place} has no val part: the images that training held out ({held})", file=sys.stderr)
+        place, options["layout"] = str(held), "folder"
+    elif part is None and (val or not whole):
+        part = "val"
+    data = open_data(place, part, classes=names, channels=len(model.mean), **options)
+    if part is None and place == arguments.data:
         print(f"{arguments.data} has no parts: all {len(data)} images", file=sys.stderr)
     if arguments.boundary is not None and not 0 < arguments.boundary < 1:
         raise ValueError(f"--boundary must be a share of the image's diagonal, as 0.02, got {arguments.boundary}")
@@ -350,8 +354,8 @@ def _predict(arguments) -> None:
         except ValueError as error:
             unread.append(str(error))
             continue
-        explanation = explained(image)
         labels = predict(model, image, **options)[0].cpu().numpy()
+        explanation = explained(image, labels)
         label_image(labels, model.num_classes).save(out / f"{path.stem}.png")
         overlay(to_picture(image), labels, model.class_names).save(out / f"{path.stem}_overlay.png")
         if explanation is not None:
@@ -397,7 +401,8 @@ def _export(arguments) -> None:
     if agreement is None:
         return
     scores = "" if agreement.difference is None else f", scores within {agreement.difference:.1e}"
-    line = f"{agreement.equal:.4%} of the labels of {agreement.images} images are those of segvit.predict{scores}"
+    same = f"{agreement.equal:.4%} of the labels of {agreement.images} images"
+    line = f"{same} are those of segvit.predict for whole images{scores}"
     if agreement.equal < ENOUGH:
         raise ValueError(f"{file}: only {line}; below {ENOUGH:.1%} do not use it")
     print(line, file=sys.stderr if arguments.json else sys.stdout)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from segvit.checkpoints import CURVES, LOG, write_whole
 from segvit.visualize import palette
 
-LOG = "log.jsonl"
 PANELS = {  # name in a record: title of its panel
     "loss": "loss",
     "miou": "mIoU",
@@ -48,7 +49,7 @@ def read_log(run: str | Path) -> list[dict]:
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         if record := _record(line):
             records.append(record)
-        elif line.endswith("\n"):
+        elif line.endswith("\n") and not line.isspace():
             raise ValueError(f"{path}: line {number} is no record of a training: {line.strip()[:60]!r}")
     if not records:
         raise ValueError(f"{path}: no records yet; training writes one every ten steps")
@@ -96,6 +97,7 @@ def curves(logs: dict[str, list[dict]]) -> Image.Image:
     for i, (name, found) in enumerate(lines.items(), 1):
         axes = figure.add_subplot(rows, COLUMNS, i, title=PANELS[name], xlabel="step")
         axes.grid(alpha=0.25)
+        axes.set_xlim(0, 1.02 * max(step for steps, _ in found.values() for step in steps))
         for run, (steps, values) in found.items():
             _draw(axes, name, steps, values, colours[run])
         if name != "miou":  # whose small differences count
@@ -108,7 +110,9 @@ def curves(logs: dict[str, list[dict]]) -> Image.Image:
             0.01, top, f"{name}{_best(*lines.get('miou', {}).get(run, ([], [])))}", color=colours[run], **options
         )
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a run's name
+        canvas.draw()
     return Image.fromarray(np.array(canvas.buffer_rgba())[:, :, :3])
 
 
@@ -140,8 +144,6 @@ def redrawn(run: Path) -> Callable[[dict], None]:
     failed = []
 
     def redraw(record: dict) -> None:
-        from segvit.checkpoints import CURVES, write_whole
-
         if "miou" not in record:
             return
         try:

@@ -23,6 +23,7 @@ from segvit.ops.reference.token_resample import stride_index
 from segvit.visualize import picture as plain_picture
 
 EVEN, EDGE = 1, 2  # kept cells, in Explanation.kept
+MOST = 60  # classes of a page
 
 
 class Ranked(NamedTuple):
@@ -49,6 +50,7 @@ class Explanation:
     seen: tuple[int, int]  # height and width at which the model saw the image
     kept: Tensor | None  # [h, w] uint8, of a Shrunk model: EVEN and EDGE for cells whose tokens stay, else 0
     edges: Tensor | None  # [h, w] float32, with shrink="edge": probability that a patch holds more than one class
+    window: tuple[int, int, int, int] | None = None  # top, left, height, width: the part of a larger image that this is
 
     @property
     def confidence(self) -> Tensor:
@@ -94,23 +96,26 @@ class Explanation:
         order = scores.argsort(descending=True, stable=True).tolist()
         return [Ranked(k, self.class_names[k], confidence[k].item(), mask[k].item(), scores[k].item()) for k in order]
 
-    def picture(self, side: int = 240, point: tuple[int, int] | None = None) -> Image.Image:
+    def picture(self, side: int = 240, point: tuple[int, int] | None = None, note: str = "") -> Image.Image:
         """Everything on one page: prediction, hesitation, kept tokens, then for each shown class its masks by stage.
 
         Args:
             side: longest side of each panel, in pixels.
             point: (row, column) of a pixel of the labels, to mark in every panel and to rank the classes of.
+            note: text to write below the title.
 
         Raises:
-            ValueError: a pixel outside the image, or a side below 32.
+            ValueError: a pixel outside the image, another side than from 32 to 1024, more classes than a page takes.
         """
         from segvit.panels import draw
 
-        if not isinstance(side, int) or side < 32:
-            raise ValueError(f"side must be an integer of at least 32, got {side!r}")
+        if not isinstance(side, int) or not 32 <= side <= 1024:
+            raise ValueError(f"side must be an integer from 32 to 1024, got {side!r}")
+        if len(self.shown) > MOST:
+            raise ValueError(f"a page shows at most {MOST} classes, not {len(self.shown)}")
         if point is not None:
             check_point(point, self.labels.shape)
-        return draw(self, side, point)
+        return draw(self, side, point, note)
 
 
 def explain(
@@ -120,6 +125,7 @@ def explain(
     top: int = 6,
     short_side: int | None = None,
     max_pixels: int | None = None,
+    window: tuple[int, int, int, int] | None = None,
 ) -> Explanation:
     """What leads a model to its labels of one image, taken whole, in one forward pass.
 
@@ -131,9 +137,11 @@ def explain(
         top: how many classes to show.
         short_side: resize the image to this short side first, as in segvit.predict.
         max_pixels: then shrink it to at most so many pixels (and to what a backbone of one size takes).
+        window: (top, left, height, width) of the part of the image to take, before it is resized; None: all of it.
 
     Returns:
         An Explanation; its labels [H, W] are those of segvit.predict(mode="whole"), unless max_pixels shrank the image.
+        Of an image that is predicted in windows, a window shows what one of them makes of it.
 
     Raises:
         ValueError: an argument that does not fit, named.
@@ -149,6 +157,8 @@ def explain(
     if isinstance(image, str | Path):
         image = read_image(image, len(model.mean))
     raw = raw_image(image, len(model.mean))
+    if window is not None:
+        raw = _part(raw, window)
     images = _at_most(model, rescaled(normalise(model, raw)[None], short_side), max_pixels)
     with torch.no_grad(), evaluating(model):
         out = in_own_dtype(model, images)
@@ -167,12 +177,22 @@ def explain(
         seen=tuple(images.shape[2:]),
         kept=None if kept is None else kept.cpu(),
         edges=None if out.edge_logits is None else out.edge_logits[0].sigmoid().cpu(),
+        window=window,
     )
+
+
+def _part(raw: Tensor, window: tuple[int, int, int, int]) -> Tensor:
+    top, left, height, width = window
+    if min(top, left) < 0 or min(height, width) < 1 or top + height > raw.shape[1] or left + width > raw.shape[2]:
+        size = f"{raw.shape[1]} high and {raw.shape[2]} wide"
+        raise ValueError(f"window must be (top, left, height, width) inside the image, which is {size}, got {window}")
+    return raw[:, top : top + height, left : left + width]
 
 
 def check_point(point: tuple[int, int], size: Sequence[int]) -> None:
     """Raises ValueError for what is no pixel (row, column) of an image of size (height, width)."""
-    if not isinstance(point, Sequence) or len(point) != 2 or not all(isinstance(value, Integral) for value in point):
+    pair = isinstance(point, Sequence | np.ndarray) and len(point) == 2
+    if not pair or not all(isinstance(value, Integral) for value in point):
         raise ValueError(f"point must be (row, column), two integers, got {point!r}")
     y, x = point
     if not (0 <= y < size[0] and 0 <= x < size[1]):
@@ -185,8 +205,8 @@ def class_numbers(classes: Sequence[str | int] | str | int, class_names: Sequenc
     for given in [classes] if isinstance(classes, str | int) else classes:
         if given in class_names:
             numbers.append(class_names.index(given))
-        elif isinstance(given, int) and not isinstance(given, bool) and 0 <= given < K:
-            numbers.append(given)
+        elif isinstance(given, Integral) and not isinstance(given, bool) and 0 <= given < K:
+            numbers.append(int(given))
         else:
             near = difflib.get_close_matches(str(given), class_names, n=3)
             hint = f"; near: {', '.join(near)}" if near else ""

@@ -120,8 +120,17 @@ class _Plan(NamedTuple):
         return LARGE * self.crop[0] * self.crop[1]
 
     def slides(self, images: Tensor) -> bool:
-        pixels = images.shape[2] * images.shape[3]
-        return self.mode == "slide" or (self.mode == "auto" and pixels > self.largest)
+        """Whether images that are scaled already are predicted in windows."""
+        return self.mode == "slide" or (self.mode == "auto" and images.shape[2] * images.shape[3] > self.largest)
+
+    def in_windows(self, size: tuple[int, int]) -> bool:
+        """Whether an image of this (height, width) is predicted in windows."""
+        height, width = (max(round(side * self.scale(size)), 1) for side in size)
+        return self.mode == "slide" or (self.mode == "auto" and height * width > self.largest)
+
+    def scale(self, size: tuple[int, int]) -> float:
+        """What short_side makes of an image of this (height, width)."""
+        return self.short_side / min(size) if self.short_side else 1.0
 
 
 def plan_prediction(

@@ -92,11 +92,11 @@ def heat(values: np.ndarray, grey: Image.Image) -> Image.Image:  # [h, w] of 0 t
     values = np.nan_to_num(values).clip(0, 1)[..., None]
     stops = np.linspace(0, 1, len(SHADES))
     colours = np.concatenate([np.interp(values, stops, channel) for channel in SHADES.T], -1)
-    opacity = 0.35 + 0.5 * values
+    opacity = 0.6 + 0.3 * values
     return Image.fromarray(((1 - opacity) * np.asarray(grey, float) + opacity * colours).round().astype(np.uint8))
 
 
-def draw(explanation: Explanation, side: int, point: tuple[int, int] | None) -> Image.Image:
+def draw(explanation: Explanation, side: int, point: tuple[int, int] | None, note: str) -> Image.Image:
     """The page of Explanation.picture."""
     e, K = explanation, len(explanation.class_names)
     size = fit_size(e.image.size, side)
@@ -121,14 +121,16 @@ def draw(explanation: Explanation, side: int, point: tuple[int, int] | None) -> 
     ]
     header, *rows = (beside(cells, style.gap) for cells in (header, *rows))
     width = max(part.width for part in (header, *rows))
-    parts = [style.text(_heading(e), width, large=True), header, _key(style, width)]
+    title = [style.text(_heading(e), width, large=True), *([style.text(note, width)] if note else [])]
+    parts = [stacked(title, style.bar), header, _key(style, width)]
     colours = [tuple(colour) for colour in palette(K).tolist()]
     share = torch.bincount(e.labels.flatten().clamp(min=0).long(), minlength=K)[:K] / e.labels.numel()
     for k, row in zip(shown, rows):
         name = f"{e.class_names[k]}: {_percent(share[k].item())} of the pixels"
         parts.append(stacked([style.text(name, width, colours[k], large=True), row], style.bar))
     if point is not None:
-        parts.append(_ranking(ranked, point, style, width, colours))
+        top, left = (e.window or (0, 0))[:2]
+        parts.append(_ranking(ranked, (point[0] + top, point[1] + left), style, width, colours))
     page = stacked(parts, 2 * style.gap)
     legend = occurring([e.labels.numpy()], e.class_names)
     framed = Image.new("RGB", (page.width + 2 * style.gap, page.height + 2 * style.gap), "white")
@@ -143,7 +145,8 @@ def _percent(share: float) -> str:
 def _heading(e: Explanation) -> str:
     (H, W), (height, width) = e.labels.shape, e.seen
     resized = "" if (height, width) == (H, W) else f" (resized from {W}x{H})"
-    return f"What the model makes of the whole image, at {width}x{height} pixels{resized}"
+    what = "the whole image" if e.window is None else f"a window at x {e.window[1]}, y {e.window[0]}"
+    return f"What the model makes of {what}, at {width}x{height} pixels{resized}"
 
 
 def _stages(e: Explanation, k: int, size: tuple[int, int]) -> list[tuple[np.ndarray, list[str], float | None]]:
@@ -189,7 +192,7 @@ def _token_captions(e: Explanation) -> list[tuple[str, tuple]]:
 
 
 def _mark(panel: Image.Image, point: tuple[int, int], size: Sequence[int], scale: float) -> None:
-    """A ring around a pixel (row, column) of an image of size (height, width)."""
+    """A circle around a pixel (row, column) of an image of size (height, width)."""
     pen = ImageDraw.Draw(panel)
     y, x = ((i + 0.5) * shown / side for i, shown, side in zip(point, panel.size[::-1], size))
     for radius, colour, width in ((9, "black", 4), (8, "white", 2)):
@@ -203,7 +206,8 @@ def _key(style: Style, width: int) -> Image.Image:
     bar = heat(ramp, Image.new("RGB", ramp.shape[::-1], (128, 128, 128)))
     text = (
         "Masks of the class tokens, from 0 (dark) to 1 (bright). The bar is the confidence: how probable the token "
-        "finds its class; the last stage decides. A pixel goes to the class with the largest sum of confidence · mask."
+        "finds its class; the last stage decides. A pixel goes to the class with the largest score: its token's "
+        "confidence · mask, and what other tokens give it."
     )
     return stacked([bar, style.text(text, width, grey=True)], style.bar)
 
@@ -219,7 +223,7 @@ def _ranking(
         numbers = [style.text(cell, column, grey=grey) for cell in cells]
         return beside([*numbers, style.text(name, width - 3 * (column + style.gap), colour, grey=grey)], style.gap)
 
-    title = f"Pixel x {x}, y {y} (the ring)"
+    title = f"Pixel x {x}, y {y} (the circle)"
     lines = [style.text(title, width, large=True), line(("confidence", "mask", "score"), "class", None, grey=True)]
     lines += [line([f"{v:.3f}" for v in (r.confidence, r.mask, r.score)], r.name, colours[r.number]) for r in ranked]
     return stacked(lines, 0)

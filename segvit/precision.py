@@ -10,6 +10,8 @@ INT8 = "int8"
 def in_precision(model: nn.Module, precision: str) -> nn.Module:
     """The model itself, changed: its floats become "no" (float32), "bf16" or "fp16", or its Linear weights "int8".
 
+    A model of int8 predicts; it can neither be saved nor trained.
+
     Raises:
         ValueError: another precision.
         RuntimeError: int8 without torchao.
@@ -23,6 +25,8 @@ def in_precision(model: nn.Module, precision: str) -> nn.Module:
 
 def quantise(model: nn.Module, config=None) -> nn.Module:
     """The model itself, its Linear layers changed by torchao: to weights of 8 bits, or as its `config` says.
+
+    It predicts; it can neither be saved nor trained.
 
     Raises:
         RuntimeError: torchao is not installed.

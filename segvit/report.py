@@ -24,6 +24,7 @@ SIDE = 480  # of pictures, in pixels
 CONFUSIONS = 20  # that are listed
 NUMBERED = 30  # classes up to which every cell of the confusion matrix has a number
 LEAST_SHARE = 0.005  # of a row that the heat map of more classes draws
+CELLS = 24  # a side of the grid that the largest mistake is looked for in
 CELL = 6  # of that heat map, in pixels
 MARK = '<meta name="generator" content="segvit">'  # tells a report, which may be written over, from other files
 HEADINGS = ("image", "truth", "prediction", "differences")
@@ -55,6 +56,7 @@ class Example:
     miou: float
     confusions: list[Confusion]
     pictures: list[bytes]  # files, one a heading
+    mistake: tuple[int, int] | None = None  # row and column of a pixel in its largest mistake; None: none
 
 
 class Collector:
@@ -97,7 +99,9 @@ class Collector:
         if not (low or high):
             return
         maps = labels.cpu().numpy(), predicted.cpu().numpy()
-        entry = (*key, Example(self.name(i), key[0], largest_confusions(counts, 3), self._pictures(image, *maps)))
+        wrong = self._wrong(*maps)
+        pictures = self._pictures(image, *maps, wrong)
+        entry = (*key, Example(self.name(i), key[0], largest_confusions(counts, 3), pictures, middle(wrong)))
         if low:
             bisect.insort(self._low, entry)
             del self._low[SHOWN:]
@@ -113,17 +117,37 @@ class Collector:
         """The best first; of few images the better half."""
         return [example for _, _, example in self._high[::-1][: self._scored // 2]]
 
-    def _pictures(self, image: Tensor, labels: np.ndarray, predicted: np.ndarray) -> list[bytes]:
+    def _valid(self, labels: np.ndarray) -> np.ndarray:
+        return (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
+
+    def _wrong(self, labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+        return self._valid(labels) & (labels != predicted)
+
+    def _pictures(self, image: Tensor, labels: np.ndarray, predicted: np.ndarray, wrong: np.ndarray) -> list[bytes]:
         """Files of image, truth, prediction and where they differ."""
-        K = self.num_classes
-        valid = (labels >= 0) & (labels < K) & (labels != self.ignore_index)
+        K, valid = self.num_classes, self._valid(labels)
         image = image if image.dtype == torch.uint8 else image.float()
         shown = picture(image.cpu().numpy())
         small = shown.resize(fit_size(shown.size, SIDE), Image.Resampling.BICUBIC)
         maps = [Image.fromarray(colourise(part, K)) for part in (np.where(valid, labels, K), predicted)]
         maps = [part.resize(small.size, Image.Resampling.NEAREST) for part in maps]
-        wrong = mistakes(small, valid & (labels != predicted))
-        return [_file(small, "JPEG"), *(_file(part, "PNG") for part in maps), _file(wrong, "JPEG")]
+        differences = mistakes(small, wrong)
+        return [_file(small, "JPEG"), *(_file(part, "PNG") for part in maps), _file(differences, "JPEG")]
+
+
+def middle(wrong: np.ndarray) -> tuple[int, int] | None:  # [H, W] bool
+    """A pixel (row, column) of the mask where it is densest, in cells of a coarse grid; None where it is empty."""
+    rows, columns = wrong.nonzero()
+    if not len(rows):
+        return None
+    height, width = (min(CELLS, side) for side in wrong.shape)
+    coarse = np.asarray(Image.fromarray(wrong.astype(np.float32)).resize((width, height), Image.Resampling.BOX))
+    padded = np.pad(coarse, 1)
+    dense = sum(padded[y : y + height, x : x + width] for y in range(3) for x in range(3))
+    y, x = np.unravel_index(dense.argmax(), dense.shape)
+    centre = ((y + 0.5) / height * wrong.shape[0], (x + 0.5) / width * wrong.shape[1])
+    nearest = ((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2).argmin()
+    return int(rows[nearest]), int(columns[nearest])
 
 
 def _mean_iou(counts: np.ndarray) -> float:  # [K, K + 1]
@@ -320,6 +344,9 @@ def _example(example: Example, class_names: Sequence[str]) -> str:
         figures.append(f'<figure><img src="{source}" alt="{heading}"><figcaption>{heading}</figcaption></figure>')
     said = [f"{names[t]} → {names[p]} ({100 * share:.0f} %)" for t, p, share, _ in example.confusions]
     mistaken = f"<p>most pixels mistaken: {html.escape(', '.join(said))}</p>" if said else ""
+    if example.mistake is not None:
+        point = f"[{example.mistake[1]},{example.mistake[0]}]"
+        mistaken += f'<p>why, at its largest mistake: <code>segvit predict … --explain --point "{point}"</code></p>'
     head = f"<h3>{html.escape(example.name)} <span>mIoU {example.miou:.4f}</span></h3>"
     return f'<article>{head}{mistaken}<div class="pictures">{"".join(figures)}</div></article>'
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from segvit.checkpoints import CURVES, step_folders, write_whole
+from segvit.checkpoints import CURVES, LOG, step_folders, write_whole
 
 HELD_OUT = "held_out.csv"  # validation images of a run whose data has no val part
 ELSEWHERE = (  # options that may change without a word
@@ -38,7 +38,7 @@ MODEL = ("model", "backbone", "shrink", "edge_budget", "drop_path", "freeze_back
 def own_files(run: Path) -> list[Path]:
     """What a run wrote to its folder; nothing else in there is ever touched."""
     folders = [path for path in (run / "best", *run.glob("step_*")) if (path / "config.json").is_file()]
-    return folders + [run / name for name in ("log.jsonl", CURVES, HELD_OUT) if (run / name).is_file()]
+    return folders + [run / name for name in (LOG, CURVES, HELD_OUT) if (run / name).is_file()]
 
 
 def newest(run: Path, resume: bool, overwrite: bool) -> Path | None:
@@ -72,14 +72,14 @@ def _read_log(path: Path) -> list[dict]:
 
 def go_on(run: Path, state: dict, accelerator) -> float | None:
     """Cut from the log what came after the checkpoint, or was not validated yet; returns the best mIoU until then."""
-    records = _read_log(run / "log.jsonl")
+    records = _read_log(run / LOG)
     accelerator.wait_for_everyone()  # all have read the log
     step = state["step"]
     records = [r for r in records if r["step"] < step or (r["step"] == step and "miou" in r)]
     if records and records[-1]["step"] == step:
         del state["record"]
     if accelerator.is_main_process:
-        write_whole(run / "log.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        write_whole(run / LOG, "".join(json.dumps(record) + "\n" for record in records))
     accelerator.wait_for_everyone()
     if not (run / "best" / "config.json").is_file():
         return None  # whatever comes next is the best there is
@@ -89,12 +89,12 @@ def go_on(run: Path, state: dict, accelerator) -> float | None:
 def compare_options(old: dict, new: dict, main: bool) -> None:
     """Going on with other options is allowed, and said; but not with another model."""
     for name, value in new.items():
-        if name in ELSEWHERE or old.get(name) == value:
+        if name in ELSEWHERE or name not in old or old[name] == value:
             continue
         if name in MODEL:
-            raise ValueError(f"a run goes on with its own model: {name} was {old.get(name)}, and cannot become {value}")
+            raise ValueError(f"a run goes on with its own model: {name} was {old[name]}, and cannot become {value}")
         if main:
-            print(f"resuming with {name} {value}, which was {old.get(name)}", file=sys.stderr)
+            print(f"resuming with {name} {value}, which was {old[name]}", file=sys.stderr)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from segvit.checkpoints import (
+    LOG,
     clean,
     keep_newest,
     load_model,
@@ -26,7 +27,7 @@ from segvit.checkpoints import (
 )
 from segvit.classes import other_classes
 from segvit.curves import redrawn
-from segvit.data.check import check_data, judge
+from segvit.data.check import refusal
 from segvit.data.dataset import SegmentationDataset
 from segvit.data.layouts import find_pairs, has_part, open_data, split_pairs, write_table
 from segvit.data.moments import input_options
@@ -118,8 +119,8 @@ def train_folder(
             images' own mean and std; a saved model has its own.
         model: a name of `segvit models`, or a saved model to go on from (class rows of known names are kept).
         add_classes: the data's classes are those of the saved model and, after them, new ones, which alone learn: what
-            the model knows stays as it is (see segvit.add_classes). Else all learn, and old classes are forgotten that
-            the data does not show.
+            the model knows stays as it is (see segvit.add_classes). Without it all learn (of a model with added classes
+            the newest), and old classes are forgotten that the data does not show.
         backbone: a timm ViT, where no model is named.
         pretrained: true (weights of the backbone from the Hub), false, or a weights file.
         shrink: v1 (the paper's) saves 40 percent of the multiply-adds, light half of them, edge (which keeps tokens at
@@ -190,7 +191,7 @@ def train_folder(
             mixed_precision=precision, log_with=trackers or None, project_dir=out, cpu=_only_cpu()
         )
     step_batch, micro_batch = _batches(batch_size, total_batch, accelerator.num_processes)
-    options["images a step"] = step_batch * accelerator.num_processes
+    options["images_a_step"] = step_batch * accelerator.num_processes
     main, run = accelerator.is_main_process, Path(out)
     found = newest(run, resume, overwrite)
     state = None if found is None else load_state(found)
@@ -227,7 +228,8 @@ def train_folder(
     if main:
         make_folder(run)
         clean(run)
-    problem = _from_main(accelerator, lambda: _refusal(data, train, val) if check and found is None else None)
+    judged = data, train, val, network.learned_classes, ignored == "negative"
+    problem = _from_main(accelerator, lambda: refusal(*judged) if check and found is None else None)
     if problem:
         raise ValueError(problem)
     train.transform = TrainTransform(size, mean, std, ignore_index, scale, short_side)
@@ -292,7 +294,7 @@ def train_folder(
             strict=strict,
             seed=seed,
             accelerator=accelerator,
-            log=run / "log.jsonl" if main else None,
+            log=run / LOG if main else None,
             track=track,
             validate=validate,
             validate_every=validate_every or max(steps // 10, 200),
@@ -465,6 +467,8 @@ def _model(
         model = load_model(newest)
         if model.class_names != classes:
             raise ValueError(f"{newest} was trained on other classes; to go on with new ones, name it as --model")
+        if adds and not model.added:
+            raise ValueError(f"{newest} began without add_classes; a run that adds classes needs another --out")
         model.backbone.activation_checkpointing = memory["activation_checkpointing"]
     elif name is None:
         model = SegViT(backbone, image_size=crop or (512, 512), **known, **inputs(), **given)
@@ -481,15 +485,3 @@ def _model(
         if crop not in (None, model.image_size):
             print(f"windows of predict and evaluate stay {model.image_size} unless --crop says so", file=sys.stderr)
     return model, crop or model.image_size
-
-
-def _refusal(data: str, train: SegmentationDataset, val: SegmentationDataset) -> str | None:
-    """Read all files; hints are printed, and what would ruin the training is returned."""
-    reports = [check_data(train, "train"), check_data(val, "val")]
-    judge(*reports)
-    for report in reports:
-        for hint in report.hints:
-            print(f"{report.part}: {hint}", file=sys.stderr)
-    problems = [f"{report.part}: {problem}" for report in reports for problem in report.problems]
-    more = f" (and {len(problems) - 1} more: segvit check-data {data})" if len(problems) > 1 else ""
-    return f"{problems[0]}{more}" if problems else None

@@ -52,7 +52,7 @@ def mistakes(image: Image.Image, wrong: np.ndarray) -> Image.Image:  # [H, W] bo
 
 @functools.cache
 def text_font(size: float) -> ImageFont.FreeTypeFont:
-    """A font of the system that knows most languages' letters, else Pillow's own, which has little beyond ASCII."""
+    """A font of the system that knows more letters than Pillow's own, which has little beyond ASCII; else that one."""
     for name in FONTS:
         try:
             return ImageFont.truetype(name, size)

@@ -55,6 +55,9 @@ def test_old_classes_stay_bit_for_bit_whatever_the_new_ones_learn(kind):
     images = torch.randn(2, 3, 60, 60 if kind == "BEiT v2" else 75)
     with torch.no_grad():
         before = old(images)
+    with_gradients = old(images)  # frozen weights and others must not take different products
+    assert torch.equal(with_gradients.mask_logits, before.mask_logits)
+    assert torch.equal(with_gradients.class_logits, before.class_logits)
     once = segvit.add_classes(old, ["cup", "pen"]).eval()
     assert once.class_names == ["class 0", "class 1", "class 2", "cup", "pen"]
     assert unchanged(once, before, images)
@@ -137,8 +140,35 @@ def test_saved_and_loaded_it_is_the_same_and_still_frozen(tmp_path):
     assert loaded.added[0].training
 
 
+@pytest.mark.parametrize("kind", ["full", "v1"])
+def test_queries_and_tokens_are_contiguous(kind):
+    """Else torch multiplies them in another way once the weights are frozen, whose last bits may differ."""
+    model, seen = tiny(3, **KINDS[kind]).eval(), []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.startswith(("decoder.", "upsample.")):
+            module.register_forward_pre_hook(lambda module, inputs, name=name: seen.append((name, inputs[0])))
+    model(torch.randn(2, 3, 64, 64))
+    assert len(seen) > 10
+    strided = [name for name, x in seen if not x.is_contiguous()]
+    assert not strided
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_dtype_stays_one(dtype):
+    old = tiny(3).to(dtype).eval()
+    new = segvit.add_classes(old, ["cup"]).eval()
+    images = torch.randn(1, 3, 64, 64, dtype=dtype)
+    assert {p.dtype for p in new.parameters()} == {dtype}
+    with torch.no_grad():
+        assert unchanged(new, old(images), images)
+
+
 def test_what_cannot_be_added_is_refused():
     model = tiny(3)
+    with pytest.raises(ValueError, match="class_names must be a list of names, got 'car'"):
+        segvit.add_classes(model, "car")
+    with pytest.raises(ValueError, match="keeps its image_size, shrink, too"):
+        segvit.add_classes(model, ["car"], shrink="light", image_size=96)
     for names, said in (([], "none"), (["class 1"], "'class 1'"), (["cup", "cup"], "'cup'")):
         with pytest.raises(ValueError, match=f"class_names must be new to the model, got {said}"):
             segvit.add_classes(model, names)
@@ -181,13 +211,16 @@ def test_new_shapes_are_learnt_beside_old_ones():
     assert out.class_logits[-1, :, 6].softmax(-1)[:, 6].min() > 0.8
 
 
-def folder(root, classes, top):
-    """Six images of shapes whose labels above `top` are left out."""
+def folder(root, classes, top, first=0):
+    """Six images of shapes whose labels from `first` to below `top` are kept."""
     data = Shapes(6, 64)
     for part in ("train", "val"):
         for i in range(6):
             image, labels = data[i]
-            for kind, array in (("images", image.permute(1, 2, 0)), ("labels", torch.where(labels < top, labels, 255))):
+            for kind, array in (
+                ("images", image.permute(1, 2, 0)),
+                ("labels", torch.where((labels >= first) & (labels < top), labels, 255)),
+            ):
                 (root / part / kind).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(array.numpy().astype(np.uint8)).save(root / part / kind / f"{i}.png")
     (root / "classes.txt").write_text("\n".join(classes) + "\n")
@@ -217,6 +250,10 @@ def test_from_the_shell(tmp_path, monkeypatch, capsys):
     assert main(["evaluate", "new", six, "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["iou"]) == names
     assert main(["train", six, "--out", "x", "--model", "new", *fast]) == 0, "goes on with the classes it has"
+    assert "all classes are kept; ring, cross learn, the rest is frozen" in capsys.readouterr().err
+    assert main(["train", six, "--out", "whole", "--model", "old", *fast]) == 0
+    assert main(["train", six, "--out", "whole", "--model", "old", "--add_classes", *fast, "--resume"]) == 1
+    assert "began without add_classes; a run that adds classes needs another --out" in capsys.readouterr().err
     wrong = {
         "new": ("class 0 is 'background' to the model, but 'cross'", folder(tmp_path / "w", names[::-1], 6)),
         "old": ("the data has 4 classes, and the model knows 4 already", four),
@@ -229,6 +266,20 @@ def test_from_the_shell(tmp_path, monkeypatch, capsys):
     assert "name the trained model" in capsys.readouterr().err
     assert main(["train", four, "--out", "x2", "--model", "new", *fast]) == 1
     assert "goes on with its own 6 classes" in capsys.readouterr().err
+
+
+def test_labels_of_new_classes_alone_need_the_rest_as_background(tmp_path, monkeypatch, capsys):
+    """Or the new masks would learn to be everywhere."""
+    monkeypatch.chdir(tmp_path)
+    names = list(Shapes.classes)
+    tiny(4, class_names=names[:4]).save_pretrained("old")
+    data, one = folder(tmp_path / "new", names, 6, 4), folder(tmp_path / "one", names[:5], 5, 4)
+    options = ["--model", "old", "--add_classes", "--crop", "32", "--steps", "1", "--batch_size", "2", "--workers", "0"]
+    assert main(["train", data, "--out", "a", *options]) == 1
+    assert "only new classes are labelled" in capsys.readouterr().err
+    assert not (tmp_path / "a" / "best").exists()
+    assert main(["train", data, "--out", "b", *options, "--ignored", "negative"]) == 0
+    assert main(["train", one, "--out", "c", *options, "--ignored", "negative"]) == 0, "one class is enough"
 
 
 def test_exported_and_compiled_it_is_the_same(tmp_path):

@@ -269,6 +269,48 @@ def test_a_large_photo_is_explained_at_the_size_that_is_still_taken_whole(checkp
     assert seen == [(size, (200, 300)) for size in (shrunk, (200, 300), (40, 60), (104, 156), shrunk)]
 
 
+def test_a_point_of_a_photo_that_is_predicted_in_windows_is_explained_by_one(checkpoint, tmp_path, monkeypatch):
+    """And the page says how far it is from the label map, which it would otherwise seem to explain."""
+    seen = []
+    watched = segvit.explanation.Explanation.picture
+
+    def picture(self, side=240, point=None, note=""):
+        seen.append((self, point, note))
+        return watched(self, side, point, note)
+
+    monkeypatch.setattr(segvit.explanation.Explanation, "picture", picture)
+    pixels = np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")  # the model's windows have 32x32 pixels
+    arguments = ["predict", str(checkpoint), str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--explain"]
+    for options in (["--point", "[299, 100]"], ["--point", "[0, 199]", "--short_side", "100"]):
+        assert main([*arguments, *options]) == 0
+    (right, right_point, note), (left, left_point, _) = seen
+    assert (right.window, right_point, right.seen) == ((84, 268, 32, 32), (16, 31), (32, 32))
+    assert (left.window, left_point, left.seen) == ((136, 0, 64, 64), (63, 0), (32, 32))
+    model = segvit.SegViT.from_pretrained(checkpoint)
+    window = np.ascontiguousarray(pixels[84:116, 268:300])
+    assert torch.equal(right.labels, segvit.predict(model, window)[0])
+    with Image.open(tmp_path / "out" / "a.png") as image:
+        labels = np.asarray(image)  # of the second call
+    share = 100 * (left.labels.numpy() == labels[136:, :64]).mean()
+    assert seen[1][2] == "" if share == 100 else seen[1][2].startswith(f"{share:.1f} % of these labels")
+    assert note == "" or "at the circle that one says" in note
+
+
+def test_without_a_val_part_what_training_held_out_is_evaluated(shapes_folder, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(shapes_folder / "train", tmp_path / "data" / "train")
+    shutil.copy(shapes_folder / "classes.txt", tmp_path / "data")
+    run, data = tmp_path / "run", str(tmp_path / "data")
+    assert main(["train", data, *TINY, "--steps", "1", "--val_fraction", "0.25", "--out", str(run)]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(run), data, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["images"] == 3
+    assert f"no val part: the images that training held out ({run / 'held_out.csv'})" in captured.err
+    assert main(["evaluate", str(run), data, "--part", "train", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 12
+
+
 def test_unreadable_images_are_left_out_of_a_prediction_and_said(checkpoint, shapes_folder, tmp_path, capsys):  # noqa: F811
     folder = tmp_path / "photos"
     folder.mkdir()

@@ -30,9 +30,13 @@ def test_a_line_a_run_and_a_panel_a_quantity():
     two = {"runs/a": records(), "$runs_b$": records(500, 2.0, edge=0.3)}
     page = curves(two)
     assert page.mode == "RGB"
-    assert has(page, palette(2)[0])
-    assert has(page, palette(2)[1])
+    lines = page.crop((0, 70, page.width, page.height))  # below the runs' names, which have their colours, too
+    assert has(lines, palette(2)[0])
+    assert has(lines, palette(2)[1])
     one = curves({"runs/a": records()})
+    higher = curves({"runs/a": [r | {"miou": 0.9} if r.get("miou") else r for r in records()]})
+    assert np.asarray(one).shape == np.asarray(higher).shape
+    assert not np.array_equal(np.asarray(one)[60:], np.asarray(higher)[60:])
     assert one.height < page.height  # without the panel of edges, and with one name
     assert not has(one, palette(2)[1])
     curves({"x" * 500: [{"step": 1, "loss": 0.0, "miou": None, "ce": float("nan")}]})

@@ -24,8 +24,9 @@ CASES = {  # options of fit, options of the model
     "frozen backbone": ({}, {"freeze_backbone": True}),
     "activation checkpointing": ({}, {"activation_checkpointing": True}),
     "edge": ({"micro_batch": 1}, {"shrink": "edge"}),
+    "added classes": ({}, {"added": [2]}),
 }
-SHARDED = ("plain", "micro batches", "frozen backbone", "activation checkpointing", "edge")
+SHARDED = ("plain", "micro batches", "frozen backbone", "activation checkpointing", "edge", "added classes")
 
 
 class Exact(Cropped):
@@ -63,7 +64,7 @@ def train(case, batch_size, accelerator=None, state=None, start=None, **more):
     recipe = {"steps": STEPS, "batch_size": batch_size, "lr": 1e-3, "decoder_lr": 1.0, "ema": 0.9}
     records = fit(
         m,
-        segvit.ATMLoss(6).double(),
+        segvit.ATMLoss(6, learned=m.learned_classes).double(),
         data(case),
         **recipe | options | more,
         accelerator=accelerator,

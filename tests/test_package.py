@@ -116,11 +116,14 @@ def build(kind: str, tree: Path, out: Path) -> Path:
 def test_the_sdist_holds_what_a_wheel_is_built_from(wheel, tmp_path):
     """Made of a clean copy: file lists of an earlier build would hide what MANIFEST.in forgets."""
     tree, needed = tmp_path / "tree", ("segvit", "kernels", "csrc")
-    for name in needed:
+    for name in (*needed, "tests", "bench", "docs"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    files = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
+    files = {
+        str(p.relative_to(tree)) for p in tree.rglob("*") if p.is_file() and p.relative_to(tree).parts[0] in needed
+    }
+    files |= {"setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"}
     archive = build("sdist", tree, tmp_path)
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")

@@ -154,10 +154,11 @@ def saved(shapes_folder, tmp_path_factory):  # noqa: F811
 def test_commands_run_in_a_precision_and_say_so(name, dtype, saved, shapes_folder, tmp_path, capsys, monkeypatch):  # noqa: F811
     if name == "int8":
         pytest.importorskip("torchao")
-    dtypes, predict = set(), segvit.predict
+    dtypes, kinds, predict = set(), set(), segvit.predict
 
     def watched(model, *args, **kwargs):
         dtypes.add(next(model.parameters()).dtype)
+        kinds.add(type(model.decoder.class_embed.weight.data).__module__.split(".")[0])
         return predict(model, *args, **kwargs)
 
     for module in ("segvit.inference", "segvit.evaluation"):
@@ -169,6 +170,7 @@ def test_commands_run_in_a_precision_and_say_so(name, dtype, saved, shapes_folde
     assert f"precision {name}" in report.read_text(encoding="utf-8")
     assert main(["predict", str(saved), str(shapes_folder / "val" / "images"), "--out", str(tmp_path), *options]) == 0
     assert dtypes == {dtype}
+    assert kinds == {"torchao" if name == "int8" else "torch"}
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])

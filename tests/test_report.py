@@ -11,7 +11,17 @@ import torch
 from PIL import Image
 
 from segvit.metrics import BoundaryIoU, ConfusionMatrix
-from segvit.report import HEADINGS, NUMBERED, SHOWN, SIDE, Collector, check_target, largest_confusions, write_report
+from segvit.report import (
+    HEADINGS,
+    NUMBERED,
+    SHOWN,
+    SIDE,
+    Collector,
+    check_target,
+    largest_confusions,
+    middle,
+    write_report,
+)
 from segvit.visualize import WRONG, palette
 
 VOID_TAGS = ("meta", "img")
@@ -290,3 +300,17 @@ def test_a_report_is_written_over_a_report_alone(tmp_path):
         check_target(path.parent)
     with pytest.raises(PermissionError, match=r"x\.html: cannot write there \(File exists\); choose another name"):
         check_target(path / "x.html")
+
+
+def test_a_pixel_of_the_largest_mistake():
+    wrong = np.zeros((100, 150), bool)
+    assert middle(wrong) is None
+    wrong[3, 4] = True
+    assert middle(wrong) == (3, 4)
+    wrong[60:90, 100:140] = True
+    wrong[70:80, 115:125] = False  # its own middle is right
+    y, x = middle(wrong)
+    assert wrong[y, x]
+    assert 60 <= y < 90
+    assert 100 <= x < 140
+    assert middle(np.ones((1, 1), bool)) == (0, 0)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -189,12 +190,20 @@ def _judge(report: Report, dataset: SegmentationDataset, raw: set[int], unknown:
         report.hints.append(f"images under 32 pixels: {_some(small)}")
 
 
-def judge(train: Report, val: Report | None = None) -> None:
+def judge(train: Report, val: Report | None = None, new: range | None = None, negative: bool = False) -> None:
     """What the parts mean together: what cannot be learnt from `train`, and what `val` cannot tell.
 
-    A val part may well hold one class alone; a training part may not.
+    A val part may well hold one class alone; a training part may not. But where some classes, `new`, are all that
+    learns, it is enough that other pixels are their background: those of other classes, or ignored ones (`negative`).
     """
     found = train.images_with > 0
+    if new is not None:
+        if not found[new.start :].any():
+            train.problems.append(f"no pixel has a label of a new class ({_some(train.classes[new.start :])})")
+        elif not negative and not found[: new.start].any():
+            what = "only new classes are labelled, so nothing would say where they are not"
+            train.problems.append(f"{what}; with --ignored negative all other pixels are their background")
+        return
     if train.binary and train.ignored:
         train.problems.append(f"{BINARY}; as it is, 255 is ignored and one class is all there is")
     elif len(found) > 1 and found.sum() == 1 and not train.problems:
@@ -211,6 +220,20 @@ def judge(train: Report, val: Report | None = None) -> None:
     both = [path for digest, path in val.digests.items() if digest in train.digests]
     if both:
         val.hints.append(f"{len(both)} images are in {train.part} too, so mIoU will look too good; first {both[0]}")
+
+
+def refusal(
+    data: str, train: SegmentationDataset, val: SegmentationDataset, new: range | None = None, negative: bool = False
+) -> str | None:
+    """Read all files; hints are printed to stderr, and what would ruin a training is returned. See judge."""
+    reports = [check_data(train, "train"), check_data(val, "val")]
+    judge(*reports, new, negative)
+    for report in reports:
+        for hint in report.hints:
+            print(f"{report.part}: {hint}", file=sys.stderr)
+    problems = [f"{report.part}: {problem}" for report in reports for problem in report.problems]
+    more = f" (and {len(problems) - 1} more: segvit check-data {data})" if len(problems) > 1 else ""
+    return f"{problems[0]}{more}" if problems else None
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:
