@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,44 @@ SHARED = ROOT.parent / "shared"  # golden data and images of the developers' wor
 def kernel(test):
     """Mark a test of a Triton kernel: it runs on a GPU (-m gpu), or interpreted on the CPU (TRITON_INTERPRET=1)."""
     return pytest.mark.gpu(pytest.mark.interpretable(test))
+
+
+class Ahead:
+    """A long command, whose output some slow test of a module looks at, as the module's AHEAD.
+
+    It begins when the tests are collected, and runs beside the others with what they leave of the processor.
+    """
+
+    def __init__(self, command: list, **environment: str):
+        self.command, self.environment, self.process = [str(word) for word in command], environment, None
+
+    def start(self) -> None:
+        if self.process is None:
+            self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the tests run)
+            polite = {"preexec_fn": lambda: os.nice(19)} if hasattr(os, "nice") else {}
+            environment, streams = os.environ | self.environment, {"stdout": self.output, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen(self.command, cwd=ROOT, env=environment, **streams, **polite)
+
+    def wait(self) -> tuple[int, str]:
+        """Exit code, and all that it wrote."""
+        self.start()
+        code = self.process.wait()
+        self.output.seek(0)
+        return code, self.output.read()
+
+
+def pytest_collection_finish(session):
+    if not session.config.option.collectonly:
+        slow = [item for item in session.items if "slow" in item.keywords]
+        session.ahead = {getattr(item.module, "AHEAD", None) for item in slow} - {None}
+        for ahead in session.ahead:
+            ahead.start()
+
+
+def pytest_sessionfinish(session):
+    for ahead in getattr(session, "ahead", ()):
+        if ahead.process.poll() is None:
+            ahead.process.terminate()
 
 
 def pytest_collection_modifyitems(items):

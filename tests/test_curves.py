@@ -25,8 +25,9 @@ def has(page, colour):
     return bool((np.asarray(page) == colour).all(-1).any())
 
 
-def test_a_line_a_run_and_a_panel_a_quantity():
+def test_a_line_a_run_and_a_panel_a_quantity(monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it, with its global state, is an error
     two = {"runs/a": records(), "$runs_b$": records(500, 2.0, edge=0.3)}
     page = curves(two)
     assert page.mode == "RGB"
@@ -40,7 +41,6 @@ def test_a_line_a_run_and_a_panel_a_quantity():
     assert one.height < page.height  # without the panel of edges, and with one name
     assert not has(one, palette(2)[1])
     curves({"x" * 500: [{"step": 1, "loss": 0.0, "miou": None, "ce": float("nan")}]})
-    assert "matplotlib.pyplot" not in sys.modules
     with pytest.raises(ValueError, match="no run has a record with values to draw"):
         curves({"a": [{"step": 1}]})
 

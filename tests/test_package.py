@@ -5,11 +5,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Ahead
+
+WHEELS = Path(tempfile.gettempdir(), f"segvit-wheel-{os.getpid()}")
+AHEAD = Ahead([sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", WHEELS, ROOT])
 
 
 def run(code: str) -> str:
@@ -81,13 +85,13 @@ def test_arrows_point_one_way():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def wheel():
     """The wheel of this checkout."""
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", out, ROOT]
-    subprocess.run(command, check=True, capture_output=True)
-    (path,) = out.glob("*.whl")
-    return path
+    code, said = AHEAD.wait()
+    assert code == 0, said[-3000:]
+    (path,) = WHEELS.glob("*.whl")
+    yield path
+    shutil.rmtree(WHEELS)
 
 
 @pytest.mark.slow
