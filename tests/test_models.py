@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 import segvit
 from segvit.models.backbone import Backbone
@@ -357,3 +358,9 @@ def test_larger_models_cost_more():
     names = ["segvit_small_dinov3_512", "segvit_base_dinov3_512", "segvit_large_dinov3_640"]
     for small, large in pairwise(names):
         assert rows[small].gmac < rows[large].gmac
+
+
+def test_weights_of_another_model_are_called_so(tmp_path):
+    save_file(timm.create_model("test_vit", embed_dim=32, num_heads=2).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(RuntimeError, match=r"cannot load .*w.safetensors: these are the weights of another model \("):
+        segvit.SegViT("test_vit", 3, pretrained=str(tmp_path / "w.safetensors"))

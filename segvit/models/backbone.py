@@ -252,6 +252,8 @@ def _build(name: str, weights: dict, kwargs: dict) -> nn.Module:
             raise
         source = weights.get("pretrained_cfg_overlay", {}).get("file", "its pretrained weights")
         reason = " ".join(str(error).split())[:300]
+        if "size mismatch" in str(error) or "Missing key" in str(error):
+            reason = f"these are the weights of another model ({reason[:120]} …)"
         remedy = "" if "pretrained_cfg_overlay" in weights else "; pretrained may also be a weights file, or false"
         raise RuntimeError(f"backbone: {name!r} cannot load {source}: {reason}{remedy}") from error
     if not isinstance(model, (VisionTransformer, Eva, Beit)):
