@@ -45,8 +45,8 @@ class Ahead:
 
 def pytest_collection_finish(session):
     if not session.config.option.collectonly:
-        slow = [item for item in session.items if "slow" in item.keywords]
-        session.ahead = {getattr(item.module, "AHEAD", None) for item in slow} - {None}
+        found = {getattr(item.module, "AHEAD", None) for item in session.items if "slow" in item.keywords}
+        session.ahead = [ahead for ahead in found if isinstance(ahead, Ahead)]
         for ahead in session.ahead:
             ahead.start()
 
