@@ -92,10 +92,10 @@ def test_resuming_says_what_is_different(shapes_folder, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "resuming with steps 3, which was 2" in said
     assert "resuming with lr 5e-05, which was 0.0001" in said
-    assert "images a step" not in said
+    assert "images_a_step" not in said
     assert [r["step"] for r in log(tmp_path / "run")] == [2, 3]
     train(shapes_folder, tmp_path / "run", steps=3, lr=5e-5, total_batch=4, resume=True)
-    assert "resuming with images a step 4, which was 2" in capsys.readouterr().err
+    assert "resuming with images_a_step 4, which was 2" in capsys.readouterr().err
     train(shapes_folder, tmp_path / "frozen", steps=1, freeze_backbone=True, layer_decay=0.8)
     assert "the backbone is frozen, so drop_path and layer_decay do nothing" in capsys.readouterr().err
 
