@@ -238,7 +238,7 @@ def test_the_command(tmp_path, capsys):
     assert value["verified"]["equal"] == 1
     assert value["verified"]["difference"] < 1e-4
     assert captured.err.strip().startswith(
-        "100.0000% of the labels of 3 images are those of segvit.predict, scores within"
+        "100.0000% of the labels of 3 images are those of segvit.predict for whole images, scores within"
     )
 
 
@@ -251,7 +251,7 @@ def test_the_command_writes_programs_and_verifies_with_given_images(tmp_path, ca
     assert main(["export", str(tmp_path / "model"), str(program), "--labels", "--verify", str(photo)]) == 0
     said, agreed = capsys.readouterr().out.splitlines()
     assert said == f"{program}: images uint8 [B, 3, H, W] -> labels uint8 [B, H, W]"
-    assert agreed == "100.0000% of the labels of 1 images are those of segvit.predict"
+    assert agreed == "100.0000% of the labels of 1 images are those of segvit.predict for whole images"
 
 
 def test_a_file_that_disagrees_fails(tmp_path, capsys, monkeypatch):
@@ -261,7 +261,10 @@ def test_a_file_that_disagrees_fails(tmp_path, capsys, monkeypatch):
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "model.pt2"), "--verify"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "only 99.8400% of the labels of 2 images are those of segvit.predict, scores within 2.5e-01" in error
+    assert (
+        "only 99.8400% of the labels of 2 images are those of segvit.predict for whole images, scores within 2.5e-01"
+        in error
+    )
 
 
 def test_mistakes_end_in_one_line(labels_file, tmp_path, capsys, monkeypatch):
