@@ -1,6 +1,7 @@
 """Images that Pillow does not hold: .npy and multi-band TIFF files, 16-bit and float values, any number of channels."""
 
 import logging
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 ARRAY_EXTENSIONS = (".npy",)
 TIFF_EXTENSIONS = (".tif", ".tiff")
 FULL = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}  # what integers are divided by
+PARSER = threading.Lock()  # np.load reads headers with Python's own parser, which fails in threads of Python 3.11
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it cannot read, one error of ours says
 
 
@@ -78,7 +80,8 @@ def scaled(array: np.ndarray) -> np.ndarray:
 
 def _read_npy(path: str | Path) -> np.ndarray:
     try:
-        array = np.load(path, allow_pickle=False)
+        with PARSER:
+            array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except Exception as error:  # a damaged header raises what Python's parser meets
