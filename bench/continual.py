@@ -1,7 +1,7 @@
 """Classes that come later: a model of the first ones gets the rest, from labels that show nothing else.
 
-python bench/continual.py                    # the embedded data set, 4 classes and then 2; four minutes on two cores
-python bench/continual.py DATA WEIGHTS       # CamVid, 8 classes and then 3, a pretrained ViT-Tiny; half an hour
+python bench/continual.py                    # the embedded data set, 4 classes and then 2; four minutes on one core
+python bench/continual.py DATA WEIGHTS       # CamVid, 8 classes and then 3, a pretrained ViT-Tiny; forty minutes
 
 first      trained on the first classes; pixels of the others have no label, in training and in this row
 first_all  the same model judged on all labels: what it says where the other classes are is wrong, as it must be

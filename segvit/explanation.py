@@ -91,8 +91,9 @@ class Explanation:
             bilinear_matrix(cells, size, extent, logits)[i : i + 1]
             for cells, size, extent, i in zip(logits.shape[1:], self.labels.shape, self.extent, (y, x))
         )
-        mask = (rows @ logits @ columns.mT).sigmoid()[:, 0, 0]
-        scores, confidence = mask @ self.class_probs[-1, :, :-1], self.confidence[-1]
+        here = rows @ logits @ columns.mT  # [N, 1, 1], the mask logits at the pixel
+        scores = mask_decode(here[None], self.class_probs[-1:, :, :-1], (1, 1), "scores")[0, :, 0, 0]
+        mask, confidence = here[:, 0, 0].sigmoid(), self.confidence[-1]
         order = scores.argsort(descending=True, stable=True).tolist()
         return [Ranked(k, self.class_names[k], confidence[k].item(), mask[k].item(), scores[k].item()) for k in order]
 
@@ -182,10 +183,11 @@ def explain(
 
 
 def _part(raw: Tensor, window: tuple[int, int, int, int]) -> Tensor:
-    top, left, height, width = window
-    if min(top, left) < 0 or min(height, width) < 1 or top + height > raw.shape[1] or left + width > raw.shape[2]:
-        size = f"{raw.shape[1]} high and {raw.shape[2]} wide"
-        raise ValueError(f"window must be (top, left, height, width) inside the image, which is {size}, got {window}")
+    H, W = raw.shape[1:]
+    top, left, height, width = window if isinstance(window, Sequence) and len(window) == 4 else (-1,) * 4
+    if not (0 <= top < top + height <= H and 0 <= left < left + width <= W):
+        size = f"{H} high and {W} wide"
+        raise ValueError(f"window must be (top, left, height, width) inside the image, which is {size}, got {window!r}")
     return raw[:, top : top + height, left : left + width]
 
 

@@ -119,18 +119,13 @@ class _Plan(NamedTuple):
         """Pixels of the largest image that "auto" takes whole."""
         return LARGE * self.crop[0] * self.crop[1]
 
-    def slides(self, images: Tensor) -> bool:
-        """Whether images that are scaled already are predicted in windows."""
-        return self.mode == "slide" or (self.mode == "auto" and images.shape[2] * images.shape[3] > self.largest)
+    def slides(self, size: Sequence[int]) -> bool:
+        """Whether images that have this (height, width) once they are resized are predicted in windows."""
+        return self.mode == "slide" or (self.mode == "auto" and size[0] * size[1] > self.largest)
 
     def in_windows(self, size: tuple[int, int]) -> bool:
         """Whether an image of this (height, width) is predicted in windows."""
-        height, width = (max(round(side * self.scale(size)), 1) for side in size)
-        return self.mode == "slide" or (self.mode == "auto" and height * width > self.largest)
-
-    def scale(self, size: tuple[int, int]) -> float:
-        """What short_side makes of an image of this (height, width)."""
-        return self.short_side / min(size) if self.short_side else 1.0
+        return self.slides(rescaled_size(size, self.short_side))
 
 
 def plan_prediction(
@@ -220,7 +215,7 @@ def _predict_batch(model: nn.Module, images: Tensor, plan: _Plan) -> Tensor:
     target, labels = plan.size or tuple(images.shape[2:]), plan.output == "labels"
     if labels and len(plan.variants) == 1:
         x = rescaled(images, plan.short_side, plan.variants[0][0])
-        if plan.protocol == "fused" and not plan.slides(x):
+        if plan.protocol == "fused" and not plan.slides(x.shape[2:]):
             masks, probs, extent = _masks(model, x)
             return mask_decode(masks, probs, target, extent=extent, prune=plan.prune)
         return _labels(_score_rows(model, x, plan), tuple(x.shape[2:]), target)
@@ -235,8 +230,13 @@ def _predict_batch(model: nn.Module, images: Tensor, plan: _Plan) -> Tensor:
 
 def rescaled(images: Tensor, short_side: int | None, scale: float = 1) -> Tensor:
     """Images [B, C, H, W] as predict resizes them before the model sees them (bilinear)."""
-    scale *= short_side / min(images.shape[2:]) if short_side else 1
-    return images if scale == 1 else _resize(images, tuple(max(round(n * scale), 1) for n in images.shape[2:]))
+    return _resize(images, rescaled_size(images.shape[2:], short_side, scale))
+
+
+def rescaled_size(size: Sequence[int], short_side: int | None, scale: float = 1) -> tuple[int, int]:
+    """(height, width) that predict resizes an image to: its short side first, then times the scale."""
+    scale *= short_side / min(size) if short_side else 1
+    return tuple(max(round(side * scale), 1) for side in size)
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -281,7 +281,7 @@ def _score_rows(model: nn.Module, images: Tensor, plan: _Plan) -> Iterator[tuple
     is yielded is overwritten afterwards.
     """
     B, _, H, W = images.shape
-    if not plan.slides(images):
+    if not plan.slides((H, W)):
         masks, probs, extent = _masks(model, images)
         yield 0, mask_decode(masks, probs, (H, W), "scores", extent=extent, prune=plan.prune)
         return

@@ -85,7 +85,7 @@ class ATMLoss(nn.Module):
         self.ce_weight, self.focal_weight, self.dice_weight = ce_weight, focal_weight, dice_weight
         self.alpha, self.gamma, self.debug, self.edge_weight = alpha, gamma, debug, edge_weight
         self.register_buffer("weights", torch.cat([weights, torch.tensor([no_object_weight])]), persistent=False)
-        learned = range(num_classes) if learned is None else learned
+        learned = range(num_classes) if learned is None else list(learned)
         if not learned or not all(0 <= n < num_classes for n in learned):
             raise ValueError(f"learned must be class numbers from 0 to {num_classes - 1}, got {list(learned)}")
         chosen = torch.zeros(num_classes, dtype=torch.bool)

@@ -60,7 +60,7 @@ def explainer(arguments, model, plan, images: int) -> Callable:
 
 def window_around(pixel: tuple[int, int], size: tuple[int, int], plan) -> dict:
     """Options of explain for a window of prediction with the pixel inside, of an image of this (height, width)."""
-    scale = plan.scale(size)
+    scale = 1 if plan.short_side is None else plan.short_side / min(size)
     sides = [min(max(round(crop / scale), 1), side) for crop, side in zip(plan.crop, size)]
     corner = [min(max(at - side // 2, 0), whole - side) for at, side, whole in zip(pixel, sides, size)]
     short_side = None if plan.short_side is None else max(round(min(sides) * scale), 1)

@@ -123,6 +123,19 @@ def test_a_val_part_of_one_class_is_no_problem(tmp_path, labels):
     assert not reports[0].problems + reports[1].problems
 
 
+def test_new_classes_alone_need_a_background_and_are_still_compared_with_val(tmp_path):
+    train, val = make(tmp_path / "a", [full(1, 255)]), make(tmp_path / "b", [full(1, 255), full(0, 1)])
+    for negative, problems in ((False, 1), (True, 0)):
+        reports = report(train, alone=False), report(val, alone=False)
+        judge(*reports, new=range(1, 2), negative=negative)
+        assert len(reports[0].problems) == problems
+        assert not any("never" in hint for found in reports for hint in found.hints), "old classes have no labels there"
+        assert any("1 images are in train too" in hint for hint in reports[1].hints)
+    reports = report(make(tmp_path / "c", [full(0)]), alone=False), report(val, alone=False)
+    judge(*reports, new=range(1, 2))
+    assert "no pixel has a label of a new class (road)" in reports[0].problems
+
+
 def test_ctrl_c_does_not_wait_for_all_files(tmp_path, monkeypatch):
     data = open_data(make(tmp_path, [full(0, 1)]))
     data.pairs *= 400

@@ -174,6 +174,8 @@ def test_what_cannot_be_added_is_refused():
             segvit.add_classes(model, names)
     with pytest.raises(ValueError, match="added must be numbers of classes, fewer than num_classes = 3"):
         tiny(3, added=[3])
+    with pytest.raises(ValueError, match=r"added must be numbers of classes, .* got 1"):
+        tiny(3, added=1)
     with pytest.raises(ValueError, match="learned must be class numbers from 0 to 2"):
         segvit.ATMLoss(3, learned=[3])
     with pytest.raises(ValueError, match="learned must be class numbers"):

@@ -281,20 +281,24 @@ def test_a_point_of_a_photo_that_is_predicted_in_windows_is_explained_by_one(che
     monkeypatch.setattr(segvit.explanation.Explanation, "picture", picture)
     pixels = np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")  # the model's windows have 32x32 pixels
-    arguments = ["predict", str(checkpoint), str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--explain"]
-    for options in (["--point", "[299, 100]"], ["--point", "[0, 199]", "--short_side", "100"]):
-        assert main([*arguments, *options]) == 0
-    (right, right_point, note), (left, left_point, _) = seen
+    arguments = ["predict", str(checkpoint), str(tmp_path / "a.png"), "--explain"]
+    for out, options in (("b", ["--point", "[299, 100]"]), ("c", ["--point", "[0, 199]", "--short_side", "100"])):
+        assert main([*arguments, "--out", str(tmp_path / out), *options]) == 0
+    (right, right_point, _), (left, left_point, _) = seen
     assert (right.window, right_point, right.seen) == ((84, 268, 32, 32), (16, 31), (32, 32))
     assert (left.window, left_point, left.seen) == ((136, 0, 64, 64), (63, 0), (32, 32))
     model = segvit.SegViT.from_pretrained(checkpoint)
     window = np.ascontiguousarray(pixels[84:116, 268:300])
     assert torch.equal(right.labels, segvit.predict(model, window)[0])
-    with Image.open(tmp_path / "out" / "a.png") as image:
-        labels = np.asarray(image)  # of the second call
-    share = 100 * (left.labels.numpy() == labels[136:, :64]).mean()
-    assert seen[1][2] == "" if share == 100 else seen[1][2].startswith(f"{share:.1f} % of these labels")
-    assert note == "" or "at the circle that one says" in note
+    for out, (explanation, (y, x), note) in zip("bc", seen):
+        top, left, height, width = explanation.window
+        with Image.open(tmp_path / out / "a.png") as image:
+            labels = np.asarray(image)[top : top + height, left : left + width]
+        share = 100 * (explanation.labels.numpy() == labels).mean()
+        says = (
+            f"{share:.1f} % of these labels are those of the label map, which was made in another way; at the circle "
+        )
+        assert note == ("" if share == 100 else f"{says}that one says {model.class_names[labels[y, x]]}.")
 
 
 def test_without_a_val_part_what_training_held_out_is_evaluated(shapes_folder, tmp_path, capsys):  # noqa: F811

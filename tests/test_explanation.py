@@ -252,3 +252,9 @@ def test_a_point_outside_is_refused(model, image, point):
             explanation.picture(point=no_point)
     with pytest.raises(ValueError, match="side must be"):
         explanation.picture(side=8)
+
+
+@pytest.mark.parametrize("window", [(0, 0, 41, 10), (-1, 0, 5, 5), (0, 0, 0, 5), (1, 2), 3])
+def test_a_window_outside_the_image_is_refused(window):
+    with pytest.raises(ValueError, match=r"window must be \(top, left, height, width\) inside the image, which is 40"):
+        segvit.explain(tiny(decoder_layers=1), torch.zeros(3, 40, 50, dtype=torch.uint8), window=window)

@@ -203,19 +203,18 @@ def judge(train: Report, val: Report | None = None, new: range | None = None, ne
         elif not negative and not found[: new.start].any():
             what = "only new classes are labelled, so nothing would say where they are not"
             train.problems.append(f"{what}; with --ignored negative all other pixels are their background")
-        return
-    if train.binary and train.ignored:
+    elif train.binary and train.ignored:
         train.problems.append(f"{BINARY}; as it is, 255 is ignored and one class is all there is")
     elif len(found) > 1 and found.sum() == 1 and not train.problems:
         name = train.classes[int(found.argmax())]
         train.problems.append(f"{name!r} is the only class that occurs; there is nothing to tell apart")
     absent = [name for name, there in zip(train.classes, found) if not there]
-    if absent and not train.problems:
+    if absent and not train.problems and new is None:
         train.hints.append(f"classes that never occur: {_some(absent)}")
     if val is None:
         return
     untrained = [n for n, t, v in zip(train.classes, train.images_with, val.images_with) if v and not t]
-    if untrained and found.any():
+    if untrained and found.any() and new is None:
         val.hints.append(f"classes that occur here but never in {train.part}: {_some(untrained)}")
     both = [path for digest, path in val.digests.items() if digest in train.digests]
     if both:

@@ -180,9 +180,9 @@ class SegViT(
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
 
     def _apply(self, fn, recurse: bool = True) -> "SegViT":
-        """A cast to half precision leaves in float32 what it would spoil: mean and std, and frequencies of rotary
+        """A cast to half precision leaves float32 what it would spoil: mean, std, and frequencies of rotary positions.
 
-        positions, whose errors the positions multiply.
+        The positions would multiply the errors of their frequencies.
         """
         rope = getattr(self.backbone.model, "rope", None)
         exact = [
@@ -315,7 +315,8 @@ def _check(num_classes, in_chans, decoder_layers, shrink, edge_budget, dropout, 
             raise ValueError(f"{name} must be in [0, 1), got {value!r}")
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f"class_names must have num_classes = {num_classes} names, got {len(class_names)}")
-    if not all(isinstance(n, int) and n > 0 for n in added) or sum(added) >= num_classes:
+    counts = isinstance(added, Sequence) and all(isinstance(n, int) and n > 0 for n in added)
+    if not counts or sum(added) >= num_classes:
         raise ValueError(f"added must be numbers of classes, fewer than num_classes = {num_classes}, got {added!r}")
 
 
